@@ -1,0 +1,66 @@
+"""What watches a training: the run's metrics files and wandb, and a progress bar with the numbers that matter."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from rlhf_recipes.runs import Run
+
+
+class RunLogger(TrainerCallback):
+    """Writes every log of a trainer to the run's metrics.jsonl and to wandb."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.run.log({k: v for k, v in logs.items() if k != "step"}, step=state.global_step)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the optimizer steps (or PPO updates) with the latest of `shown` metrics.
+
+    Args:
+        shown: metric name -> label.
+    """
+
+    def __init__(self, title: str, shown: dict[str, str]) -> None:
+        self.title, self.shown = title, shown
+        self.bar: tqdm | None = None
+        self.latest: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            every = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
+            self.bar = tqdm(total=state.max_steps, desc=self.title, mininterval=every, dynamic_ncols=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.latest |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}
+        if self.bar is not None:
+            self.bar.set_postfix(self.latest, refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+_SHOWN = {
+    "sft": {"loss": "loss", "eval_loss": "held-out loss"},
+    "reward": {"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
+    "ppo": {"objective/scores": "reward", "objective/kl": "KL"},
+}
+
+
+def watch(trainer: Trainer, run: Run) -> None:
+    """Puts the run's logger and one progress bar in place of the trainer's own printing."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(RunLogger(run))
+    trainer.add_callback(ProgressBar(run.stage, _SHOWN[run.stage]))

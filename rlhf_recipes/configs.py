@@ -1,0 +1,45 @@
+"""From a recipe's stage section to the TRL config that runs it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from rlhf_recipes.recipe import Recipe, RecipeError
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's SFTConfig, and where the weights start."""
+
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Train a new backbone and tokenizer of `model.architecture` instead of continuing `model.path`."},
+    )
+
+
+def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path, **shared: Any) -> Any:
+    """Builds the TRL config of `recipe.<section>` with the shared facts filled in.
+
+    Args:
+        config_class: a TRL config class; it checks the values.
+        section: "sft", "reward_training", "ppo", ...
+        shared: TRL fields owned by another section of the recipe (such as kl_coef for objective.beta).
+
+    Raises:
+        RecipeError: with TRL's own words, when TRL refuses the values.
+    """
+    bfloat16 = recipe.model.dtype == "bfloat16"
+    values = {
+        "output_dir": str(output_dir),
+        "seed": recipe.run.seed,
+        "report_to": "none",  # tracking.py logs to wandb itself, under TRL's metric names
+        "bf16": bfloat16,  # TRL's default is true whatever the model's dtype
+        **shared,
+        **recipe.stages[section],
+    }
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"`{section}`: TRL refuses these values: {error}") from error

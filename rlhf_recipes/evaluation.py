@@ -1,0 +1,184 @@
+"""Judging policies on held-out prompts: reward, gold, KL, the objective, and whether the text is still text."""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_recipes.objective import token_kl
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.roles import Roles
+from rlhf_recipes.runs import Run
+from rlhf_recipes.sampling import response_forward, response_mask, sample_completions
+from rlhf_recipes.tables import markdown_samples, print_samples, print_summary
+from rlhf_recipes.tasks import load_dataset
+
+Gold = Callable[..., list[float]]
+
+
+@dataclass
+class Completions:
+    """K completions for each of P held-out prompts, and what is known of them; every tensor is [P, K].
+
+    kl, kl_k3: estimates of KL(pi(.|x) || pi_ref(.|x)) in nats from each completion: k1 = log pi(y|x) - log pi_ref(y|x),
+        and k3 summed over tokens (objective.token_kl).
+    length: tokens, eos included.
+    """
+
+    texts: list[list[str]]
+    reward: Tensor
+    kl: Tensor
+    kl_k3: Tensor
+    length: Tensor
+    gold: Tensor | None
+
+    def means(self, beta: float) -> dict[str, float]:
+        """reward, gold, kl, objective = reward - beta * kl and length, means over all; distinct_2 over all texts."""
+        reward, kl = self.reward.mean().item(), self.kl.mean().item()
+        return {
+            "reward": reward,
+            **({} if self.gold is None else {"gold": self.gold.mean().item()}),
+            "kl": kl,
+            "objective": reward - beta * kl,
+            "length": self.length.float().mean().item(),
+            "distinct_2": distinct_n([text for row in self.texts for text in row], 2),
+        }
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Distinct word n-grams over all word n-grams of all `texts` together (Li et al. 2016, arXiv 1510.03055)."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+@torch.no_grad()
+def complete(
+    policy: nn.Module, roles: Roles, prompts: Dataset, recipe: Recipe, gold: Gold | None, title: str, samples: int = 1
+) -> Completions:
+    """Samples `samples` completions for each prompt and judges them. Training's random state is left as it was.
+
+    Args:
+        policy: the policy or the reference of `roles`.
+        prompts: with `prompt` and `input_ids`; other columns reach `gold`.
+    """
+    tokenizer, temperature = roles.tokenizer, recipe.sampling.temperature
+    pad = tokenizer.pad_token_id
+    size = recipe.evaluate.batch_size
+    rows = [i for i in range(len(prompts)) for _ in range(samples)]
+    ids = prompts["input_ids"]
+    texts: list[str] = []
+    parts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.run.seed)
+        for start in tqdm(range(0, len(rows), size), desc=title, leave=False):
+            batch = [ids[i] for i in rows[start : start + size]]
+            queries = tokenizer.pad({"input_ids": batch}, return_tensors="pt")["input_ids"].to(roles.policy.device)
+            context = queries.shape[1]
+            sequences = sample_completions(
+                roles.policy,
+                queries,
+                tokenizer,
+                recipe.data.max_completion_tokens,
+                temperature,
+                adapters=policy is not roles.reference,
+            )
+            responses = sequences[:, context:]
+            mask = response_mask(responses, pad)
+            log_pi, log_ref = (
+                response_forward(model, sequences, context, pad, temperature).logprobs for model in (policy, roles.reference)
+            )
+            kl, kl_k3 = ((token_kl(log_pi, log_ref, estimator) * mask).sum(1) for estimator in ("k1", "k3"))
+            parts.append((roles.reward(sequences), kl, kl_k3, mask.sum(1)))
+            texts += [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(responses, mask, strict=True)]
+
+    scores = None
+    if gold is not None:
+        columns = {name: prompts[name] for name in prompts.column_names if name not in ("prompt", "input_ids")}
+        repeated = {name: [values[i] for i in rows] for name, values in columns.items()}
+        all_prompts = list(prompts["prompt"])
+        scores = torch.tensor(gold([all_prompts[i] for i in rows], texts, **repeated)).view(-1, samples)
+    reward, kl, kl_k3, length = (torch.cat(part).cpu().view(-1, samples) for part in zip(*parts, strict=True))
+    grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
+    return Completions(grouped, reward, kl, kl_k3, length, scores)
+
+
+def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:
+    """Ends a policy stage: held-out completions of reference and policy, a table, samples.jsonl and summary.json."""
+    recipe, beta = run.recipe, run.recipe.objective.beta
+    sides = {"reference": roles.reference, "policy": roles.policy}
+    judged = {
+        name: complete(model, roles, prompts, recipe, gold, f"{name} on held-out prompts") for name, model in sides.items()
+    }
+    metrics = {name: completions.means(beta) for name, completions in judged.items()}
+    del metrics["reference"]["kl"]  # zero by definition
+    rows = side_by_side(prompts, judged)
+    run.write_lines("samples.jsonl", rows)
+    if run.tracker is not None:
+        run.tracker.table("samples", rows)
+    run.log({f"eval/{name}": value for name, value in metrics["policy"].items()}, step=run.last_step + 1)
+    shown = rows[: recipe.evaluate.samples]
+    summary = run.finish({"prompts": len(prompts), **metrics}, card=markdown_samples(shown))
+    if run.main:
+        print_samples(shown)
+        print_summary(summary)
+    return summary
+
+
+def side_by_side(prompts: Dataset, judged: dict[str, Completions]) -> list[dict[str, Any]]:
+    """A row a prompt: the first completion of each of `judged`, with its reward and gold score."""
+    rows = []
+    for i, prompt in enumerate(prompts["prompt"]):
+        row: dict[str, Any] = {"prompt": prompt}
+        for name, side in judged.items():
+            row |= {name: side.texts[i][0], f"{name}_reward": side.reward[i, 0].item()}
+            if side.gold is not None:
+                row[f"{name}_gold"] = side.gold[i, 0].item()
+        rows.append(row)
+    return rows
+
+
+def sample_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: types.ModuleType, recipe: Recipe
+) -> list[dict[str, str]]:
+    """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
+    prompts = [""]
+    if hasattr(task, "load_prompts"):
+        prompts = load_dataset(task, "load_prompts", "eval")[: recipe.evaluate.samples]["prompt"]
+    queries = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
+    torch.manual_seed(recipe.run.seed)
+    length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
+    sequences = sample_completions(model, queries, tokenizer, length, temperature)
+    texts = tokenizer.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
+    return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+@torch.no_grad()
+def pairwise_accuracy(reward: AdapterReward, pairs: Dataset, batch_size: int) -> dict[str, float]:
+    """The share of held-out pairs whose chosen text scores higher: over all, and by `words` where the pairs have it.
+
+    Args:
+        reward: token ids [batch, tokens] -> scores [batch].
+        pairs: as `tokenize_pairs` makes them, perhaps with `words`.
+    """
+    pad = reward.pad_token_id
+
+    def scores(rows: list[list[int]]) -> Tensor:
+        width = max(map(len, rows))
+        return reward(torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=reward.device))
+
+    correct: dict[str, list[bool]] = {"all": []}
+    pairs = pairs.sort("length")
+    for start in tqdm(range(0, len(pairs), batch_size), desc="held-out pairs", leave=False):
+        batch = pairs[start : start + batch_size]
+        right = (scores(batch["chosen_ids"]) > scores(batch["rejected_ids"])).tolist()
+        correct["all"] += right
+        for words, is_right in zip(batch.get("words", []), right, strict=False):
+            correct.setdefault(f"{words} words", []).append(is_right)
+    return {name: sum(values) / len(values) for name, values in correct.items()}

@@ -1,0 +1,369 @@
+"""PPO on a LoRA policy: TRL's PPOTrainer in its config, constructor and metric names, with its loop opened up.
+
+The only file that imports `trl.experimental.ppo` (1.12.0 is the last release that has it). What differs from TRL's loop:
+
+- the value function is a head on the policy's trunk, so a training step needs one forward pass and not two;
+- policy, reference, value and reward share one frozen backbone (roles.py), and only what is trained is saved;
+- logits exist for response tokens only, and generation keeps none;
+- a loss is averaged over the tokens of its whole minibatch, so gradient accumulation equals the large batch;
+- gradients are clipped at `max_grad_norm`, advantage whitening is a choice.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
+
+from rlhf_recipes.objective import generalized_advantages, masked_mean, masked_whiten, token_kl, whitening_scale
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
+from rlhf_recipes.sampling import ResponseOutput, model_inputs, response_forward, response_mask, sample_completions
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from trl.experimental import ppo as trl_ppo
+from trl.experimental.ppo import ppo_trainer as trl_ppo_trainer
+
+
+@dataclass
+class PPOConfig(trl_ppo.PPOConfig):
+    """TRL's PPOConfig, with gradient clipping and three choices that TRL's loop does not have."""
+
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 never clips, as TRL."})
+    value: Literal["trunk", "adapter"] = field(
+        default="trunk",
+        metadata={"help": "The value function: a head on the policy's trunk, or its own LoRA adapter and head."},
+    )
+    full_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Sum the KL over the vocabulary at every position instead of reading it off the sampled token: its own "
+            "gradient becomes a loss term, and the reward of a token holds the KL of what follows it. Less noise."
+        },
+    )
+    whiten_advantages: bool = field(default=True, metadata={"help": "Unit variance and zero mean, as TRL always does."})
+
+
+class PolicyAndValue(nn.Module):
+    """What is trained, as one module, so that one `accelerator.prepare` and one DDP wrapper hold it."""
+
+    def __init__(self, policy: nn.Module, value: ValueHead) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    def forward(
+        self,
+        query_responses: Tensor,
+        context_length: int,
+        pad_token_id: int,
+        temperature: float,
+        reference_hidden: Tensor | None = None,
+    ) -> tuple[ResponseOutput, Tensor]:
+        """Returns the policy's view of the response and V before each of its tokens, [batch, response]."""
+        output = response_forward(self.policy, query_responses, context_length, pad_token_id, temperature, reference_hidden)
+        if isinstance(self.value, ValueAdapter):
+            hidden = self.value.hidden(**model_inputs(query_responses, pad_token_id))
+            return output, self.value(hidden[:, context_length - 1 : -1])
+        return output, self.value(output.hidden)
+
+
+@dataclass
+class Rollout:
+    """One batch of experience; all but the first two and `scores` are [batch, response].
+
+    `mask` marks the response's tokens, eos included. `value_mask` marks one position more where there is room: the state
+    after the last token, where TRL puts the score.
+    """
+
+    query_responses: Tensor  # [batch, context + response]
+    context_length: int
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor  # by `kl_estimator` or `full_kl`
+    reference_hidden: Tensor | None  # [batch, response, hidden], for `full_kl`
+    scores: Tensor  # [batch], the reward model's, less `missing_eos_penalty` without eos
+
+    @property
+    def responses(self) -> Tensor:
+        return self.query_responses[:, self.context_length :]
+
+    @property
+    def value_mask(self) -> Tensor:
+        return after_mask(self.mask)
+
+
+def after_mask(mask: Tensor) -> Tensor:
+    """`mask` and one position more where there is room; [batch, response]"""
+    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+
+
+@dataclass
+class Advantages:
+    """What the rollout's tokens were worth. `scale` is by how much whitening stretched the advantages (1 without)."""
+
+    advantages: Tensor  # [batch, response]
+    returns: Tensor  # [batch, response]
+    scale: Tensor  # scalar
+
+
+class PPOTrainer(trl_ppo.PPOTrainer):
+    """Maximises E[r] - beta * KL by PPO (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593).
+
+    Args:
+        args: the config; `kl_coef` is beta.
+        roles: policy, reference, value and reward (roles.py).
+        train_dataset: with a column `input_ids`, the prompts' token ids.
+        callbacks: transformers callbacks.
+    """
+
+    args: PPOConfig
+    control: Any
+
+    def __init__(self, args: PPOConfig, roles: Roles, train_dataset: Dataset, callbacks: list | None = None) -> None:
+        self.roles = roles
+        # TRL's constructor wraps policy and value in a class whose forward runs two trunks; ours takes its place.
+        with mock.patch.object(trl_ppo_trainer, "PolicyAndValueWrapper", PolicyAndValue):
+            super().__init__(
+                args=args,
+                processing_class=roles.tokenizer,
+                model=roles.policy,
+                ref_model=roles.reference,
+                reward_model=roles.reward,
+                value_model=roles.value,
+                train_dataset=train_dataset.select_columns(["input_ids"]),
+                data_collator=DataCollatorWithPadding(roles.tokenizer),
+                callbacks=callbacks,
+            )
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Runs `num_total_batches` updates: rollout, rewards, advantages, update."""
+        args = self.args
+        self.state.max_steps = args.num_total_batches
+        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        self.state.logging_steps = args.logging_steps
+        self.state.save_steps = args.save_steps
+        self.model.train()
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        batches = self._batches()
+        for _ in range(args.num_total_batches):
+            started = time.perf_counter()
+            rollout = self.rollout(next(batches))
+            rewards = self.rewards(rollout)
+            advantages = self.advantages(rollout, rewards)
+            stats = self.update(rollout, advantages)
+
+            self.state.global_step += 1
+            self.state.episode += args.batch_size
+            self.state.epoch = self.state.episode / self.train_dataset_len
+            self.log(self._metrics_of(rollout, stats, seconds=time.perf_counter() - started))
+            self.lr_scheduler.step()
+            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            if self.control.should_training_stop:
+                break
+        self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+
+    def _batches(self) -> Iterator[Tensor]:
+        while True:
+            for batch in self.dataloader:
+                yield batch["input_ids"].to(self.accelerator.device)
+
+    @torch.no_grad()
+    def rollout(self, queries: Tensor) -> Rollout:
+        """Samples a response to each query [batch, context] and reads what every role says of it."""
+        args, pad = self.args, self.processing_class.pad_token_id
+        policy_and_value = self.accelerator.unwrap_model(self.model)
+        context = queries.shape[1]
+        parts = []
+        query_responses = torch.cat([
+            sample_completions(policy_and_value.policy, chunk, self.processing_class, args.response_length, args.temperature)
+            for chunk in queries.split(args.local_rollout_forward_batch_size)
+        ])  # fmt: skip
+        for chunk in query_responses.split(args.local_rollout_forward_batch_size):
+            reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
+            output, values = policy_and_value(chunk, context, pad, args.temperature, reference.hidden if args.full_kl else None)
+            kl = output.kl if args.full_kl else token_kl(output.logprobs, reference.logprobs, args.kl_estimator)
+            parts.append((output.logprobs, kl, reference.hidden, values, self.reward_model(chunk)))
+        logprobs, kl, reference_hidden, values, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+        responses = query_responses[:, context:]
+        mask = response_mask(responses, pad)
+        if args.missing_eos_penalty is not None:
+            ended = (responses == self.processing_class.eos_token_id).any(1)
+            scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+        return Rollout(
+            query_responses=query_responses,
+            context_length=context,
+            mask=mask,
+            logprobs=logprobs,
+            kl=kl * mask,
+            reference_hidden=reference_hidden if args.full_kl else None,
+            values=values * after_mask(mask),
+            scores=scores,
+        )
+
+    def rewards(self, rollout: Rollout) -> Tensor:
+        """r_t = -beta * KL_t, plus the score in the state after the response's last token; [batch, response].
+
+        A response that fills all its positions has no such state; there the score goes to its last token, as in TRL.
+        With the full KL, r_t holds KL_{t+1}: the KL at t does not depend on the token chosen at t, and its gradient is a
+        term of the loss.
+        """
+        args, scores = self.args, rollout.scores
+        rewards = -args.kl_coef * rollout.kl
+        if args.full_kl:
+            rewards = nn.functional.pad(rewards[:, 1:], (0, 1))
+        rewards[torch.arange(len(scores)), rollout.value_mask.sum(1) - 1] += scores
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False) * rollout.value_mask
+        return rewards
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
+        """GAE advantages, whitened over the batch if `whiten_advantages`, and the returns V is fitted to."""
+        raw = generalized_advantages(rewards, rollout.values, self.args.gamma, self.args.lam)
+        returns = raw + rollout.values
+        if not self.args.whiten_advantages:
+            return Advantages(raw * rollout.mask, returns, torch.ones_like(raw[0, 0]))
+        white = masked_whiten(raw, rollout.mask)
+        return Advantages(white * rollout.mask, returns, whitening_scale(raw, rollout.mask))
+
+    def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, Tensor]:
+        """`num_ppo_epochs` passes over the rollout in minibatches; returns each statistic of every micro batch, [steps]."""
+        args = self.args
+        stats: dict[str, list[Tensor]] = {}
+        for _ in range(args.num_ppo_epochs):
+            order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(rollout.mask.device)
+            for minibatch in order.split(args.local_mini_batch_size):
+                tokens = self._count(rollout.mask[minibatch])
+                states = self._count(rollout.value_mask[minibatch])
+                micro_batches = minibatch.split(args.per_device_train_batch_size)
+                for rows in micro_batches:
+                    last = rows is micro_batches[-1]
+                    self.accelerator.sync_gradients = last  # one optimizer step a minibatch
+                    with nullcontext() if last else self.accelerator.no_sync(self.model):
+                        loss, step_stats = self.loss(rollout, advantages, rows, tokens, states)
+                        self.accelerator.backward(loss * args.gradient_accumulation_steps)  # which divides by it
+                    for name, value in step_stats.items():
+                        stats.setdefault(name, []).append(value)
+                if args.max_grad_norm:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    stats.setdefault("policy/grad_norm", []).append(norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return {name: torch.stack(values) for name, values in stats.items()}
+
+    def _count(self, mask: Tensor) -> Tensor:
+        """The mean over processes of how many positions `mask` marks, so that DDP's mean gradient is the large batch's."""
+        return self.accelerator.reduce(mask.sum().float(), "mean")
+
+    def loss(
+        self, rollout: Rollout, advantages: Advantages, rows: Tensor, tokens: Tensor, states: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped surrogate (arXiv 1707.06347, eq. 7), `vf_coef` times the clipped value loss, and the full KL if chosen.
+
+        Args:
+            rows: which rows of the rollout, [micro batch].
+            tokens, states: how many the whole minibatch has, over which policy and value loss are averaged.
+
+        Returns:
+            the loss, and its statistics averaged over this micro batch's own tokens.
+        """
+        args = self.args
+        mask, value_mask = rollout.mask[rows], rollout.value_mask[rows]
+        advantage, target = advantages.advantages[rows], advantages.returns[rows]
+        output, values = self.model(
+            rollout.query_responses[rows],
+            rollout.context_length,
+            self.processing_class.pad_token_id,
+            args.temperature,
+            None if rollout.reference_hidden is None else rollout.reference_hidden[rows],
+        )
+        difference = (output.logprobs - rollout.logprobs[rows]) * mask
+        ratio = difference.exp()
+        unclipped = -advantage * ratio
+        clipped = -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+        policy_loss = torch.max(unclipped, clipped) * mask
+        if output.kl is not None:
+            policy_loss = policy_loss + args.kl_coef * advantages.scale * output.kl * mask
+
+        old_values = rollout.values[rows]
+        near = values.clamp(old_values - args.cliprange_value, old_values + args.cliprange_value)
+        error, near_error = (values - target).square(), (near - target).square()
+        value_loss = 0.5 * torch.max(error, near_error) * value_mask
+
+        loss = policy_loss.sum() / tokens + args.vf_coef * value_loss.sum() / states
+        with torch.no_grad():
+            stats = {
+                "policy/approxkl_avg": 0.5 * difference.square().mean(),
+                "policy/clipfrac_avg": masked_mean((clipped > unclipped).float(), mask),
+                "loss/policy_avg": masked_mean(policy_loss, mask),
+                "loss/value_avg": masked_mean(value_loss, value_mask),
+                "val/clipfrac_avg": masked_mean((near_error > error).float(), value_mask),
+                "policy/entropy_avg": masked_mean(output.entropy, mask),
+                "val/ratio": ratio.mean(),
+            }
+        return loss, stats
+
+    # --- what a run leaves behind --------------------------------------------------------------------------------
+
+    def _metrics_of(self, rollout: Rollout, stats: dict[str, Tensor], seconds: float) -> dict[str, float]:
+        """TRL's metrics by TRL's names: means over the rollout, the update's steps, and all processes."""
+        args, accelerator = self.args, self.accelerator
+
+        def mean(values: Tensor) -> float:
+            return accelerator.gather_for_metrics(values.float().mean()).mean().item()
+
+        sequence_kl = rollout.kl.sum(1)
+        ratios = accelerator.gather_for_metrics(stats["val/ratio"])
+        return {
+            "objective/kl": mean(sequence_kl),
+            "objective/entropy": mean(-(rollout.logprobs * rollout.mask).sum(1)),
+            "objective/non_score_reward": mean(-args.kl_coef * sequence_kl),
+            "objective/rlhf_reward": mean(rollout.scores - args.kl_coef * sequence_kl),
+            "objective/scores": mean(rollout.scores),
+            **{name: mean(values) for name, values in stats.items()},
+            "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
+            "val/num_eos_tokens": int((rollout.responses == self.processing_class.eos_token_id).sum()),
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "episode": self.state.episode,
+            "eps": int(args.batch_size / seconds),
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the policy's adapter (PEFT's format) and the value function (value.safetensors), once."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        trained = self.accelerator.unwrap_model(self.model)
+        trained.policy.save_pretrained(folder, save_embedding_layers=False)
+        value = {name: p.detach().cpu() for name, p in trained.value.named_parameters() if p.requires_grad}
+        save_file(value, folder / "value.safetensors")
+
+
+def episodes_per_update(recipe: Recipe) -> int:
+    """The rollout's size over all processes: TRL's `batch_size`."""
+    section = recipe.stages["ppo"]
+    local = section.get("per_device_train_batch_size", 8) * section.get("gradient_accumulation_steps", 1)
+    return local * PartialState().num_processes
+
+
+def shared_fields(recipe: Recipe) -> dict[str, Any]:
+    """The facts that PPO shares with other stages, under TRL's field names."""
+    return {
+        "kl_coef": recipe.objective.beta,
+        "response_length": recipe.data.max_completion_tokens,
+        "temperature": recipe.sampling.temperature,
+    }

@@ -1,0 +1,142 @@
+"""Checks before a run, from small files alone: no weights are loaded and nothing is written."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf_recipes.recipe import Recipe, RecipeError, section_of
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check(recipe: Recipe, stage: str) -> None:
+    """Raises RecipeError for the first thing that would stop `stage` later, and says what to change."""
+    if not (recipe.folder / "task.py").is_file():
+        raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
+    section = recipe.stages[section_of(stage)]
+    if stage == "sft" and section.get("from_scratch"):
+        _check_architecture(recipe)
+        return
+    _check_folder(recipe, "model.path", recipe.model.path, "config.json")
+    if stage == "ppo":
+        _check_folder(recipe, "reward.adapter", recipe.reward.adapter, "adapter_config.json")
+        _check_lengths(recipe)
+        _check_batches(section)
+    _check_pad(recipe)
+
+
+def _check_architecture(recipe: Recipe) -> None:
+    missing = {"model_type", "vocab_size"} - set(recipe.model.architecture or {})
+    if missing:
+        raise RecipeError(f"`sft.from_scratch` needs `model.architecture` with {', '.join(sorted(missing))}")
+
+
+def _check_folder(recipe: Recipe, key: str, value: str, file: str) -> None:
+    """A path whose first part is a folder beside the recipe, or that starts with . or /, is meant as a folder."""
+    resolved = Path(recipe.path(value))
+    first = value.split("/")[0]
+    local = (
+        value.startswith((".", "/", "~")) or value.count("/") > 1 or (recipe.folder / first).exists() or Path(first).exists()
+    )
+    if resolved.exists() and not (resolved / file).is_file():
+        raise RecipeError(f"`{key}` {value}: the folder {resolved} has no {file}")
+    if not resolved.exists() and local:
+        raise RecipeError(f"`{key}` {value}: no such folder, neither beside the recipe ({recipe.folder}) nor here")
+
+
+def _local_json(recipe: Recipe, name: str) -> dict[str, Any]:
+    file = Path(recipe.path(recipe.model.path)) / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    room = _local_json(recipe, "config.json").get("max_position_embeddings", math.inf)
+    prompt, completion = recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens
+    if prompt + completion > room:
+        raise RecipeError(
+            f"`data.max_prompt_tokens` {prompt} + `data.max_completion_tokens` {completion} exceed the {room} tokens "
+            f"that {recipe.model.path} reads; lower one of them"
+        )
+
+
+def _check_batches(section: dict[str, Any]) -> None:
+    per_device = section.get("per_device_train_batch_size", 8)
+    local = per_device * section.get("gradient_accumulation_steps", 1)
+    minibatches = section.get("num_mini_batches", 1)
+    if local % minibatches:
+        raise RecipeError(
+            f"`ppo.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
+            f"(per_device_train_batch_size x gradient_accumulation_steps)"
+        )
+
+
+def _check_pad(recipe: Recipe) -> None:
+    config = _local_json(recipe, "tokenizer_config.json")
+    pad, eos = config.get("pad_token"), config.get("eos_token")
+    if config and (pad is None or pad == eos):
+        raise RecipeError(
+            f"the tokenizer of `model.path` {recipe.model.path} has the pad token {pad!r} and the eos token {eos!r}; "
+            f"pad must exist and differ from eos: PPO finds a response's end by its first pad"
+        )
+
+
+# --- what --dry-run prints ---------------------------------------------------------------------------------------
+
+
+def describe(recipe: Recipe, stage: str) -> str:
+    """The resolved recipe and the memory estimate."""
+    lines = [f"# {stage} of {recipe.task}", recipe.to_yaml(), f"# memory of {stage}, estimated"]
+    estimate = memory_estimate(recipe, stage)
+    if estimate is None:
+        lines.append(f"unknown: {recipe.model.path} is not on this machine")
+    else:
+        lines += [f"  {part:<34}{size / 2**20:>10,.0f} MiB" for part, size in estimate.items()]
+        lines.append(f"  {'sum':<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
+        lines.append(f"  {'free memory of this machine':<34}{psutil.virtual_memory().available / 2**20:>10,.0f} MiB")
+    return "\n".join(lines)
+
+
+def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
+    """Bytes by part; None where the backbone is not on this machine.
+
+    Weights are exact (from the safetensors header). A trained parameter costs 16 bytes: weight, gradient and AdamW's two
+    moments in float32. Activations are about 16 hidden vectors a layer and token, logits three float32 copies a token.
+    """
+    config, shapes = _backbone(recipe)
+    if not shapes:
+        return None
+    weight_bytes = _BYTES[recipe.model.dtype]
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
+    lora = recipe.lora.r * sum(sum(shape) for shape in matrices)
+    section = recipe.stages[section_of(stage)]
+    batch = section.get("per_device_train_batch_size", 8)
+    from_scratch = stage == "sft" and section.get("from_scratch")
+    if stage == "ppo":
+        tokens, predicted = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens, recipe.data.max_completion_tokens
+    else:
+        tokens = predicted = section.get("max_length") or 1024
+    layers, hidden = config.get("num_hidden_layers", 12), config.get("hidden_size", 768)
+    vocabulary = 1 if stage == "reward" else config.get("vocab_size", 32000)
+    return {
+        "imports (torch, transformers, trl)": 700 * 2**20,
+        "backbone, once for all roles": parameters * (16 if from_scratch else weight_bytes),
+        "trained adapters with optimizer": 0 if from_scratch else 16 * lora,
+        "activations": 16 * weight_bytes * batch * tokens * layers * hidden,
+        "logits": 3 * 4 * batch * predicted * vocabulary,
+    }
+
+
+def _backbone(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The config and the shapes of all weights; ({}, {}) where they are not on this machine."""
+    folder = Path(recipe.path(recipe.model.path))
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return _local_json(recipe, "config.json"), shapes

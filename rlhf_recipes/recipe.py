@@ -1,0 +1,467 @@
+"""recipe.yaml -> a typed, validated `Recipe`; command-line overrides; --help and --dry-run.
+
+Nothing heavy is imported here: a wrong key is answered in well under a second.
+"""
+
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from annotated_types import Ge, Gt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "imdb"
+
+Positive = Annotated[int, Gt(0)]
+
+
+class RecipeError(Exception):
+    """A mistake in a recipe, an override, a task or a file it names; the message says where and what to do."""
+
+
+# --- the shared sections -----------------------------------------------------------------------------------------
+
+
+def _key(doc: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"doc": doc}, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The frozen backbone under every role."""
+
+    path: str = _key("a Hub id, or a folder relative to the recipe")
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("of the backbone in memory; adapters are float32", "float32")
+    save_dtype: Literal["float32", "bfloat16", "float16"] = _key("in which scripts/sft.py writes a backbone", "float32")
+    architecture: dict[str, Any] | None = _key(
+        "a transformers config (`model_type`, `vocab_size`, ...) for `sft.from_scratch`", None
+    )
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """The adapter of every trained role; names as in PEFT's LoraConfig."""
+
+    r: Positive = _key("rank", 16)
+    alpha: Annotated[float, Gt(0)] = _key("the update is scaled by alpha / r", 32)
+    dropout: Annotated[float, Ge(0)] = _key("on the adapter's input while training SFT and rewards", 0.0)
+    target_modules: str | list[str] = _key("PEFT's `target_modules`", "all-linear")
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """What is maximised."""
+
+    adapter: str = _key("a LoRA adapter and score head trained by scripts/reward.py on this backbone")
+    read_eos: bool = _key("the reward model sees the end-of-sequence token of a finished text", True)
+
+
+@dataclass(frozen=True)
+class ObjectiveSection:
+    """J = E[r] - beta * KL(policy || reference)."""
+
+    beta: Annotated[float, Ge(0)] = _key("the leash: nats of KL are priced at beta units of reward", 0.1)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Lengths every stage shares."""
+
+    max_prompt_tokens: Positive = _key("longer prompts are left out, and counted", 512)
+    max_completion_tokens: Positive = _key("how long a sampled completion may get", 128)
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """pi(y|x) is defined at this temperature, for policy and reference alike."""
+
+    temperature: Annotated[float, Gt(0)] = _key("1.0 is the model itself, and what DPO assumes", 1.0)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where a run goes and who watches it."""
+
+    seed: Annotated[int, Ge(0)] = _key("of sampling, data order and initial weights", 0)
+    tracker: Literal["wandb", "none"] = _key("wandb runs go offline by themselves without login or network", "wandb")
+    project: str = _key("the wandb project", "rlhf-recipes")
+    name: str | None = _key("the run folder's name; default: time and seed", None)
+    output: str = _key("runs are written to <output>/<task>/<stage>/<run>, relative to where you are", "outputs")
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """Held-out evaluation, at the end of every policy stage."""
+
+    prompts: Positive = _key("held-out prompts, the first of the evaluation split", 256)
+    batch_size: Positive = _key("sequences in one forward pass", 64)
+    samples: Positive = _key("side-by-side samples in the closing table", 10)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSection,
+    "lora": LoraSection,
+    "reward": RewardSection,
+    "objective": ObjectiveSection,
+    "data": DataSection,
+    "sampling": SamplingSection,
+    "run": RunSection,
+    "evaluate": EvaluateSection,
+}
+STAGES = tuple(CONFIG_SOURCES)
+
+# A fact that several stages share has one owner; TRL's name for it is refused inside a stage section.
+OWNER_OF = {
+    "seed": "run.seed",
+    "data_seed": "run.seed",
+    "output_dir": "run.output",
+    "run_name": "run.name",
+    "report_to": "run.tracker",
+    "project": "run.project",
+    "kl_coef": "objective.beta",
+    "beta": "objective.beta",
+    "response_length": "data.max_completion_tokens",
+    "temperature": "sampling.temperature",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "model_init_kwargs": "model",
+    "sft_model_path": "model.path",
+    "reward_model_path": "reward.adapter",
+}
+
+# Fields of TRL's configs that would be accepted and ignored; better refused with the reason.
+_AT_EOS = "a completion ends at the tokenizer's eos in every stage"
+_COMPUTED = "TRL computes it from the batch sizes and the number of processes"
+REFUSED = {
+    "ppo": {
+        "stop_token": _AT_EOS,
+        "stop_token_id": _AT_EOS,
+        "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
+        "eval_strategy": "held-out prompts are judged at the end of the run, not during it",
+        "eval_steps": "held-out prompts are judged at the end of the run, not during it",
+        "save_strategy": "the adapter is saved at the end of the run, not during it",
+        "save_steps": "the adapter is saved at the end of the run, not during it",
+        "resume_from_checkpoint": "a PPO run cannot be resumed",
+        "gradient_checkpointing": "PPO's loop does not use it",
+        **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),
+        **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
+        **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _COMPUTED),
+    }
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe: the shared sections typed, the stage sections as TRL's own field names and values."""
+
+    folder: Path
+    model: ModelSection
+    lora: LoraSection
+    reward: RewardSection
+    objective: ObjectiveSection
+    data: DataSection
+    sampling: SamplingSection
+    run: RunSection
+    evaluate: EvaluateSection
+    stages: dict[str, dict[str, Any]]
+
+    @property
+    def task(self) -> str:
+        return self.folder.name
+
+    def path(self, value: str) -> str:
+        """`value` if it is a folder here or beside the recipe (in that order reversed), else `value` as a Hub id."""
+        for base in (self.folder, Path.cwd()):
+            if (base / value).exists():
+                return str((base / value).resolve())
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `load_recipe` reads back to an equal recipe."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        return {"folder": str(self.folder), **sections, **self.stages}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+# --- reading and checking ----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, which PyYAML silently overwrites, and reads only true and false as booleans.
+
+    YAML 1.1 also reads yes, no, on and off so, which turns `save_strategy: no` into False.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, TypeError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean `{match[0]}`?" if match else ""
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`: "5e-7" becomes a float (PyYAML reads it as text), 1 becomes 1.0, "yes" does not become 3."""
+    if isinstance(value, bool) and not _accepts_bool(hint):
+        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {value!r}")
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {value!r} ({reason})") from None
+
+
+def _accepts_bool(hint: Any) -> bool:
+    if hint is Any or hint is bool:
+        return True
+    return any(_accepts_bool(h) for h in typing.get_args(hint) if typing.get_origin(hint) is not Literal)
+
+
+def _type_name(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        base, *constraints = typing.get_args(hint)
+        return " ".join([_type_name(base), *map(_constraint_name, constraints)])
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+
+
+def _constraint_name(constraint: Any) -> str:
+    return f"> {constraint.gt}" if isinstance(constraint, Gt) else f">= {constraint.ge}"
+
+
+def _build_section(name: str, values: Any, file: str) -> Any:
+    cls = SECTIONS[name]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    _check_keys(name, values, hints, file)
+    given = {key: _coerce(value, hints[key], f"{file}: `{name}.{key}`") for key, value in values.items()}
+    for f in dataclasses.fields(cls):
+        if f.default is dataclasses.MISSING and f.name not in given:
+            raise RecipeError(f"{file}: `{name}.{f.name}` is missing ({f.metadata['doc']})")
+    return cls(**given)
+
+
+def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
+    fields = stage_fields(name)
+    for key in values if isinstance(values, dict) else ():
+        if key in OWNER_OF and key in fields:
+            raise RecipeError(f"{file}: `{name}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there")
+        if key in REFUSED.get(name, {}):
+            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {REFUSED[name][key]}; leave it out")
+    _check_keys(name, values, fields, file)
+    return {key: _coerce(value, fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
+
+
+def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: str) -> None:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {values!r}")
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{file}: unknown key `{section}.{key}`{_nearest(str(key), known)}")
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe folder (or its recipe.yaml, or a run's recipe.resolved.yaml) with dotted `overrides` applied.
+
+    Raises:
+        RecipeError: naming the file, the key and the nearest valid name.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "recipe.yaml"
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such recipe; {_known_recipes()}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{file}: not a text file in UTF-8") from None
+    content = _read_yaml(text, str(file))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping of sections, got {type(content).__name__}")
+    folder = Path(str(content.pop("folder", file.parent))).resolve()
+
+    origin = {}  # (section, key) -> where it was said, so that an error blames the override and not the file
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if not key:
+            raise RecipeError(f"--{dotted}: an override is --section.key; sections: {', '.join(_section_names())}")
+        if content.get(section) is None:
+            content[section] = {}
+        if isinstance(content[section], dict):
+            content[section][key] = value
+        origin[section, key] = f"--{dotted}"
+
+    for section in content:
+        if section not in _section_names():
+            blame = next((o for (s, _), o in origin.items() if s == section), str(file))
+            raise RecipeError(f"{blame}: unknown section `{section}`{_nearest(str(section), _section_names())}")
+
+    def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
+        values = {} if content.get(section) is None else content[section]
+        try:
+            return builder(section, values, str(file))
+        except RecipeError as error:  # blame the override, where one set the key
+            message = str(error)
+            for (s, key), flag in origin.items():
+                if s == section and f"`{section}.{key}`" in message:
+                    message = message.replace(f"{file}:", f"{flag}:", 1)
+            raise RecipeError(message) from None
+
+    sections = {name: build(name, _build_section) for name in SECTIONS}
+    stages = {name: build(name, _build_stage) for name in STAGES}
+    return Recipe(folder=folder, stages=stages, **sections)
+
+
+def _section_names() -> list[str]:
+    return [*SECTIONS, *STAGES]
+
+
+def _known_recipes() -> str:
+    names = sorted(str(p.parent) for p in Path("recipes").glob("*/recipe.yaml"))
+    return f"recipes here: {', '.join(names)}" if names else "give a folder that holds a recipe.yaml"
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    recipe: Path
+    overrides: dict[str, Any]
+    dry_run: bool
+    help: bool
+
+
+def parse_command_line(argv: list[str]) -> CommandLine:
+    """`--recipe PATH`, `--dry-run`, `--help` and any number of `--section.key=value` / `--section.key value`."""
+    recipe, overrides, flags = DEFAULT_RECIPE, {}, set()
+    words = iter(argv)
+    for word in words:
+        if word in ("--help", "-h", "--dry-run"):
+            flags.add(word.lstrip("-")[0])
+            continue
+        if not word.startswith("--"):
+            raise RecipeError(f"{word}: expected --recipe, --dry-run, --help or --section.key=value")
+        key, equals, value = word[2:].partition("=")
+        if key != "recipe" and "." not in key:
+            near = _nearest(key, ["recipe", "dry-run", "help"])
+            raise RecipeError(f"--{key}: unknown option{near or '; an override is --section.key=value'}")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise RecipeError(f"--{key}: a value is missing; write --{key}=VALUE")
+        if key == "recipe":
+            recipe = Path(value)
+        else:  # given twice, the last one holds
+            overrides[key] = _read_yaml(value, f"--{key}")
+    return CommandLine(recipe, overrides, dry_run="d" in flags, help="h" in flags)
+
+
+def help_text(stage: str, doc: str) -> str:
+    """Usage, the shared sections' keys with defaults, and the stage's TRL fields."""
+    lines = [
+        doc.strip(),
+        "",
+        "options:",
+        "  --recipe PATH          a recipe's folder (default: recipes/imdb)",
+        "  --dry-run              print the resolved recipe, the memory estimate and the checks; write nothing",
+        "  --section.key VALUE    override any key below",
+        "",
+        "shared keys:",
+    ]
+    for name, cls in SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
+            lines.append(f"  --{name + '.' + f.name:<28} {f.metadata['doc']} ({default})")
+    section = section_of(stage)
+    if section in CONFIG_SOURCES:
+        lines += ["", f"keys of `{section}`, TRL's own names (default):"]
+        unusable = OWNER_OF.keys() | REFUSED.get(section, {}).keys()
+        own = {k: v for k, v in stage_fields(section).items() if k not in unusable}
+        lines += [f"  --{section}.{key} ({f.default})" for key, f in own.items()]
+    return "\n".join(lines)
+
+
+def section_of(stage: str) -> str:
+    """The recipe section of a stage: `reward` the stage has `reward_training`, since `reward` is the model itself."""
+    return "reward_training" if stage == "reward" else stage
+
+
+def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callable[[list[str] | None], Any]]:
+    """Makes `run(recipe)` a script's `main(argv=None)`: reads the recipe, answers --help and --dry-run, and turns a
+    `RecipeError` into one line on stderr and exit code 2."""
+
+    def decorate(run: Callable[[Recipe], Any]) -> Callable[[list[str] | None], Any]:
+        @functools.wraps(run)
+        def main(argv: list[str] | None = None) -> Any:
+            try:
+                line = parse_command_line(sys.argv[1:] if argv is None else argv)
+                if line.help:
+                    print(help_text(stage, doc))
+                    return None
+                recipe = load_recipe(line.recipe, line.overrides)
+                from rlhf_recipes.preflight import check, describe
+
+                if line.dry_run:
+                    print(describe(recipe, stage))
+                check(recipe, stage)
+                if line.dry_run:
+                    print("# checks: paths, special tokens, lengths and batch sizes are in order; nothing was written")
+                    return None
+                from rlhf_recipes.runtime import configure
+
+                configure(recipe.run.seed)
+                return run(recipe)
+            except RecipeError as error:
+                _fail(error)
+
+        return main
+
+    return decorate
+
+
+def _fail(error: RecipeError) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

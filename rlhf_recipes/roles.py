@@ -1,0 +1,189 @@
+"""Policy, reference, value and reward on ONE frozen backbone.
+
+The backbone's weights are in memory once. Every role is those weights plus something small of its own: the policy a LoRA
+adapter, the reference nothing (the policy with its adapters off), the value a head on the policy's trunk or a LoRA adapter
+and head, the reward a LoRA adapter and score head. Sharing frozen tensors is safe: no optimizer touches them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.rewards import AdapterReward
+
+
+class Reference(nn.Module):
+    """pi_ref: the policy with its adapters off, hence bit for bit the backbone.
+
+    It holds the policy without registering it, so it has no parameters of its own, and DDP, optimizers and `.to()` see
+    nothing twice.
+    """
+
+    def __init__(self, policy: PeftModel) -> None:
+        super().__init__()
+        self._policy = (policy,)  # in a tuple: nn.Module would register a plain attribute
+
+    def forward(self, **inputs: Tensor):
+        (policy,) = self._policy
+        with policy.disable_adapter():
+            return policy(**inputs)
+
+
+class ValueHead(nn.Module):
+    """V(s): one linear layer on a trunk's last hidden state; it starts at zero, so the first advantages are returns."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, tokens, hidden] -> [batch, tokens]"""
+        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
+
+
+class ValueAdapter(ValueHead):
+    """V(s) with a LoRA adapter of its own over the shared frozen weights (`ppo.value: adapter`)."""
+
+    def __init__(self, trunk: nn.Module, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.trunk = trunk
+
+    def hidden(self, **inputs: Tensor) -> Tensor:
+        return self.trunk(**inputs, use_cache=False).last_hidden_state
+
+
+@dataclass
+class Roles:
+    """The four roles of RLHF, and the tokenizer they share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: PeftModel
+    reference: Reference
+    value: ValueHead
+    reward: AdapterReward
+
+
+def load_backbone(recipe: Recipe) -> PreTrainedModel:
+    """The frozen causal LM of `model.path`.
+
+    Raises:
+        RecipeError: it is neither a folder nor to be had from the Hub.
+    """
+    path = recipe.path(recipe.model.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.model.dtype), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"`model.path` {recipe.model.path}: cannot be loaded: {error}") from error
+    model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
+    return model.requires_grad_(False)
+
+
+def build_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A new, untrained causal LM of `model.architecture`, for `sft.from_scratch`."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    torch.manual_seed(recipe.run.seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**(recipe.model.architecture or {}), **special))
+
+
+def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraConfig:
+    """PEFT's LoraConfig of the recipe's `lora` section.
+
+    Args:
+        task_type: "CAUSAL_LM" or "SEQ_CLS" (which also trains the score head).
+        training: dropout is for supervised stages; in PPO it would make the policy differ from the sampler.
+    """
+    lora = recipe.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout if training else 0.0,
+        target_modules=lora.target_modules,
+        task_type=task_type,
+    )
+
+
+def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected)."""
+    config = type(backbone.config)(**{**backbone.config.to_dict(), "num_labels": 1})
+    with init_empty_weights(include_buffers=False):
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
+    trunk = getattr(backbone, backbone.base_model_prefix)
+    getattr(classifier, classifier.base_model_prefix).load_state_dict(trunk.state_dict(), assign=True)
+    classifier.name_or_path = backbone.name_or_path
+    classifier.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32)
+    return classifier.requires_grad_(False)
+
+
+def load_reward(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterReward:
+    """The reward adapter and score head of `reward.adapter` over the backbone's frozen weights."""
+    path = recipe.path(recipe.reward.adapter)
+    try:
+        model = PeftModel.from_pretrained(build_classifier(backbone), path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"`reward.adapter` {recipe.reward.adapter}: does not fit {recipe.model.path}: {error}") from error
+    eos = None if recipe.reward.read_eos else tokenizer.eos_token_id
+    return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
+
+
+def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:
+    """The value function of `ppo.value`: "trunk" or "adapter" (call before the policy's adapters are injected)."""
+    if kind == "trunk":
+        return ValueHead(backbone.config.hidden_size)
+    trunk = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS")).get_base_model()
+    return ValueAdapter(getattr(trunk, trunk.base_model_prefix), backbone.config.hidden_size)
+
+
+def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str = "trunk", policy: Path | None = None) -> Roles:
+    """All four roles over one load of the backbone.
+
+    Args:
+        value: "trunk" or "adapter".
+        policy: a trained adapter to start from; None starts a new one, at which policy equals reference exactly.
+    """
+    backbone = load_backbone(recipe)
+    reward = load_reward(recipe, backbone, tokenizer)
+    value_role = build_value(recipe, backbone, value)
+    if policy is None:
+        torch.manual_seed(recipe.run.seed)  # the same start whatever was built before
+        policy_role = get_peft_model(backbone, lora_config(recipe, "CAUSAL_LM"))
+    else:
+        policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)
+    return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward)
+
+
+@contextmanager
+def merged_adapters(policy: PeftModel) -> Iterator[None]:
+    """Generates at the backbone's own speed: inside, W + BA stands in for W; outside, W is the very same tensor again.
+
+    Only the policy's own parameters point to the merged copies, so roles that share W never see them. Costs one copy of
+    the adapted matrices while it lasts.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    base = [layer.get_base_layer().weight for layer in layers]
+    originals = [weight.data for weight in base]
+    try:
+        for layer, weight in zip(layers, base, strict=True):
+            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
+        with policy.disable_adapter():
+            yield
+    finally:
+        for weight, original in zip(base, originals, strict=True):
+            weight.data = original

@@ -1,0 +1,51 @@
+"""Trains the reward model with TRL's RewardTrainer: a LoRA adapter and score head on the recipe's backbone.
+
+    accelerate launch scripts/reward.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+
+Pairs come from the task's `load_preferences`; the loss is -log sigmoid(r(chosen) - r(rejected)). Ends with the held-out
+pairwise accuracy, by length where the pairs name one in a column `words`.
+"""
+
+from rlhf_recipes.recipe import Recipe, command
+
+
+@command("reward", __doc__)
+def main(recipe: Recipe) -> dict:
+    # torch and TRL take seconds to import: a mistake in the recipe is answered before that
+    from peft import get_peft_model
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf_recipes.callbacks import watch
+    from rlhf_recipes.configs import stage_config
+    from rlhf_recipes.data import load_tokenizer, tokenize_pairs
+    from rlhf_recipes.evaluation import pairwise_accuracy
+    from rlhf_recipes.rewards import AdapterReward
+    from rlhf_recipes.roles import build_classifier, load_backbone, lora_config
+    from rlhf_recipes.runs import Run
+    from rlhf_recipes.tasks import load_dataset, load_task
+
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    train, evaluation = (
+        tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, recipe.reward.read_eos)
+        for split in ("train", "eval")
+    )
+
+    backbone = load_backbone(recipe)
+    model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS", training=True))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    run = Run.prepare(recipe, "reward")
+    args = stage_config(RewardConfig, recipe, "reward_training", run.folder)
+    run.start()
+    trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
+    watch(trainer, run)
+    trainer.train()
+
+    reward = AdapterReward(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer.pad_token_id)
+    accuracy = pairwise_accuracy(reward, evaluation, recipe.evaluate.batch_size)
+    run.save_adapter(reward.model)
+    return run.finish({"train_pairs": len(train), "eval_pairs": len(evaluation), "eval_accuracy": accuracy})
+
+
+if __name__ == "__main__":
+    main()

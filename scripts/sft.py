@@ -1,0 +1,57 @@
+"""Supervised fine-tuning of the backbone with TRL's SFTTrainer.
+
+    accelerate launch scripts/sft.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+
+With `sft.from_scratch: true` it trains a new tokenizer and a new model of `model.architecture`; otherwise it trains a
+LoRA adapter on `model.path` and merges it: the result is the next stages' backbone, and so their reference.
+"""
+
+from rlhf_recipes.recipe import Recipe, command
+
+
+@command("sft", __doc__)
+def main(recipe: Recipe) -> dict:
+    # torch and TRL take seconds to import: a mistake in the recipe is answered before that
+    import math
+
+    from peft import get_peft_model
+    from trl import SFTTrainer
+
+    from rlhf_recipes.callbacks import watch
+    from rlhf_recipes.configs import SFTConfig, stage_config
+    from rlhf_recipes.data import load_tokenizer, train_tokenizer
+    from rlhf_recipes.evaluation import sample_texts
+    from rlhf_recipes.roles import build_backbone, load_backbone, lora_config
+    from rlhf_recipes.runs import Run
+    from rlhf_recipes.tasks import load_dataset, load_task
+
+    task = load_task(recipe)
+    train, evaluation = (load_dataset(task, "load_demonstrations", split) for split in ("train", "eval"))
+
+    from_scratch = recipe.stages["sft"].get("from_scratch", False)
+    if from_scratch:
+        tokenizer = train_tokenizer(train["text"], recipe.model.architecture["vocab_size"])
+        model = build_backbone(recipe, tokenizer)
+    else:
+        tokenizer = load_tokenizer(recipe)
+        model = get_peft_model(load_backbone(recipe), lora_config(recipe, "CAUSAL_LM", training=True))
+
+    run = Run.prepare(recipe, "sft")
+    args = stage_config(SFTConfig, recipe, "sft", run.folder)
+    run.start()
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
+    )  # fmt: skip
+    watch(trainer, run)
+    trainer.train()
+
+    loss = trainer.evaluate()["eval_loss"]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model if from_scratch else model.merge_and_unload()
+    run.write_lines("samples.jsonl", sample_texts(model.eval(), tokenizer, task, recipe))
+    run.save_backbone(model, tokenizer)
+    return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
+
+
+if __name__ == "__main__":
+    main()

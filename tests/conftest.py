@@ -1,0 +1,105 @@
+"""A tiny recipe of its own, made in seconds: 2 layers, byte-level tokens, a reward adapter, a task with known words."""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests import scripts.*
+
+TASK = """
+import random
+from datasets import Dataset
+
+GOOD, BAD = ["great", "fine", "superb"], ["awful", "poor", "dull"]
+
+def _texts(split, words):
+    rng = random.Random(split)
+    return [" ".join(rng.choice(["the", "film", "plot", "was", *words]) for _ in range(8)) for _ in range(48)]
+
+def load_prompts(split):
+    texts = _texts(split, GOOD + BAD)
+    return Dataset.from_dict({"prompt": [" ".join(t.split()[: 1 + i % 3]) for i, t in enumerate(texts)]})
+
+def load_preferences(split):
+    rows = zip(_texts(split, GOOD), _texts(split, BAD))
+    return Dataset.from_list([{"prompt": "", "chosen": g, "rejected": b, "words": 8} for g, b in rows])
+
+def load_demonstrations(split):
+    return Dataset.from_dict({"text": _texts(split, GOOD + BAD)})
+
+def gold_reward(prompts, completions, **columns):
+    return [float(sum(word in c for word in GOOD)) for c in completions]
+"""
+
+RECIPE = """
+model:
+  path: checkpoints/backbone
+  architecture: {model_type: llama, vocab_size: 300, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                 num_attention_heads: 2, tie_word_embeddings: true, max_position_embeddings: 64}
+lora: {r: 4, alpha: 8}
+reward: {adapter: checkpoints/reward, read_eos: false}
+objective: {beta: 0.05}
+data: {max_prompt_tokens: 24, max_completion_tokens: 6}
+run: {tracker: none}
+evaluate: {prompts: 8, batch_size: 4, samples: 2}
+sft: {from_scratch: true, max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, loss_type: nll,
+      logging_steps: 1, max_length: 32}
+reward_training: {max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, logging_steps: 1}
+ppo: {per_device_train_batch_size: 8, total_episodes: 16, num_ppo_epochs: 2, learning_rate: 1.0e-3, logging_steps: 1}
+"""
+
+
+def write_tiny_recipe(folder: Path) -> Path:
+    """recipe.yaml, task.py and checkpoints of the tiny recipe, without training anything."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf_recipes.data import train_tokenizer
+    from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.roles import build_classifier, load_backbone, lora_config
+
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(textwrap.dedent(RECIPE))
+    (folder / "task.py").write_text(TASK)
+    recipe = load_recipe(folder)
+    texts = ["the film was great", "the plot was dull", "a superb fine film", "awful poor plot"] * 4
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**recipe.model.architecture, **special, "initializer_range": 0.2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "checkpoints" / "backbone")
+    tokenizer.save_pretrained(folder / "checkpoints" / "backbone")
+    reward = get_peft_model(build_classifier(load_backbone(recipe)), lora_config(recipe, "SEQ_CLS"))
+    for name, parameter in reward.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    reward.save_pretrained(folder / "checkpoints" / "reward")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's folder; read only."""
+    return write_tiny_recipe(tmp_path_factory.mktemp("recipes") / "tiny")
+
+
+@pytest.fixture
+def roles(tiny: Path):
+    """The tiny recipe's four roles, the policy moved a little away from the reference."""
+    import torch
+
+    from rlhf_recipes.data import load_tokenizer
+    from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.roles import build_roles
+
+    recipe = load_recipe(tiny)
+    built = build_roles(recipe, load_tokenizer(recipe))
+    for name, parameter in built.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return built

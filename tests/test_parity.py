@@ -1,0 +1,110 @@
+"""Our loop against stock TRL 1.12's: the same seed, models and settings give the same metrics at every update."""
+
+import copy
+import types
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
+
+from rlhf_recipes.data import load_tokenizer
+from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, trl_ppo, trl_ppo_trainer
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.roles import ValueAdapter, load_backbone, lora_config
+
+# TRL averages the entropy over padding too; ours is over the response's tokens.
+OURS_ONLY = {"policy/entropy_avg", "eps"}
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(dict(logs))
+
+
+class FullReward(nn.Module):
+    """Stock TRL's reading of a sequence classifier."""
+
+    def __init__(self, model, pad):
+        super().__init__()
+        self.model, self.pad = model, pad
+
+    def forward(self, input_ids):
+        logits, _, _ = trl_ppo_trainer.get_reward(self.model, input_ids, self.pad, 0)
+        last = (torch.arange(input_ids.shape[1]) * (input_ids != self.pad)).amax(1)
+        return logits[torch.arange(len(last)), last, 0]
+
+
+def classifier(recipe, seed):
+    torch.manual_seed(seed)
+    config = load_backbone(recipe).config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full fine-tuning"])
+@pytest.mark.parametrize("settings", [{}, {"kl_estimator": "k3", "whiten_rewards": True, "missing_eos_penalty": 0.5}])
+def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
+    recipe = load_recipe(tiny)
+    tokenizer = load_tokenizer(recipe)
+    prompts = Dataset.from_dict({"input_ids": [tokenizer("the film was great"[: 1 + i % 18])["input_ids"] for i in range(40)]})
+    values = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 16, "num_mini_batches": 2, "num_ppo_epochs": 2,
+        "total_episodes": 64, "response_length": 6, "temperature": 0.8, "learning_rate": 3e-3, "kl_coef": 0.1,
+        "stop_token": "eos", "num_sample_generations": 0, "report_to": "none", "logging_steps": 1, "bf16": False,
+        "save_strategy": "no", "local_rollout_forward_batch_size": 16, "disable_tqdm": True, **settings,
+    }  # fmt: skip
+    shared = [f.name for f in fields(trl_ppo.PPOConfig) if f.name in values]
+    assert sorted(shared) == sorted(values)
+
+    def models():
+        policy = load_backbone(recipe)
+        with torch.no_grad():  # eos often enough that responses of many lengths meet
+            policy.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
+        reference = copy.deepcopy(policy)
+        torch.manual_seed(3)
+        policy = get_peft_model(policy, lora_config(recipe, "CAUSAL_LM")) if lora else policy.requires_grad_(True)
+        return policy, reference, classifier(recipe, 1), classifier(recipe, 2)
+
+    policy, reference, reward, value = models()
+    stock = Recorder()
+    trainer = trl_ppo.PPOTrainer(
+        args=trl_ppo.PPOConfig(**values), processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
+        value_model=value, train_dataset=prompts, eval_dataset=prompts, data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[stock],
+    )  # fmt: skip
+    np.random.seed(0)
+    trainer.train()
+
+    policy, reference, reward, value = models()
+    ours = Recorder()
+    head = ValueAdapter(value.model, value.config.hidden_size)
+    head.score = value.score
+    roles = types.SimpleNamespace(
+        tokenizer=tokenizer, policy=policy, reference=reference, value=head, reward=FullReward(reward, tokenizer.pad_token_id)
+    )
+    trainer = PPOTrainer(PPOConfig(**values), roles, prompts, callbacks=[ours])
+    np.random.seed(0)
+    trainer.train()
+
+    assert len(ours.logs) == len(stock.logs) == 4
+    assert stock.logs[0]["val/num_eos_tokens"] > 3
+    for step, (mine, theirs) in enumerate(zip(ours.logs, stock.logs, strict=True)):
+        assert theirs.keys() <= mine.keys()
+        apart = {
+            name: (mine[name], theirs[name])
+            for name in theirs.keys() - OURS_ONLY
+            if mine[name] != pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+        }
+        assert not apart, f"update {step}"

@@ -1,0 +1,168 @@
+"""The PPO loop: what an update changes, what it must not, and its loss written out."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rlhf_recipes.configs import stage_config
+from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+from rlhf_recipes.ppo_trainer import Advantages, PPOConfig, PPOTrainer, shared_fields
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.tasks import load_dataset, load_task
+
+
+def build_trainer(tiny, tmp_path, **overrides):
+    recipe = load_recipe(tiny, {key.replace("__", "."): value for key, value in overrides.items()})
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
+    roles = build_roles(recipe, tokenizer, value=recipe.stages["ppo"].get("value", "trunk"))
+    args = stage_config(PPOConfig, recipe, "ppo", tmp_path, **shared_fields(recipe))
+    return PPOTrainer(args, roles, prompts)
+
+
+def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
+    trainer = build_trainer(tiny, tmp_path, ppo__full_kl=True, ppo__whiten_advantages=False)
+    for name, p in trainer.roles.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(2))
+    query = trainer.processing_class("the film")["input_ids"]
+    rollout = rollout_of(trainer, query, [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
+    assert (rollout.kl[rollout.mask] > 1e-4).all()
+    rewards = trainer.rewards(rollout)
+    expected = torch.zeros_like(rewards)
+    expected[:, :-1] = -0.05 * rollout.kl[:, 1:]
+    expected[0, 5] += rollout.scores[0]
+    expected[1, 2] += rollout.scores[1]
+    torch.testing.assert_close(rewards, expected)
+    nothing = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(1.0))
+    loss, _ = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    assert loss.item() == pytest.approx(0.05 * rollout.kl.sum().item() / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", ["trunk", "adapter"])
+def test_training_moves_policy_and_value_and_nothing_else(tiny, tmp_path, value):
+    trainer = build_trainer(tiny, tmp_path, ppo__value=value)
+    modules = {"policy": trainer.roles.policy, "value": trainer.roles.value, "reward": trainer.roles.reward}
+    before = {f"{m}.{n}": p.detach().clone() for m, module in modules.items() for n, p in module.named_parameters()}
+    trainer.train()
+    moved = set()
+    for m, module in modules.items():
+        for n, p in module.named_parameters():
+            trained = m != "reward" and ("lora_" in n or (m == "value" and n.startswith("score.")))
+            assert p.requires_grad == trained, n
+            if not torch.equal(before[f"{m}.{n}"], p):
+                assert trained, f"{m}.{n} moved"
+                moved.add(f"{m}.{n}")
+    assert any("lora_B" in name for name in moved if name.startswith("policy."))
+    assert "value.score.weight" in moved
+    assert any("lora_B" in name for name in moved if name.startswith("value.")) == (value == "adapter")
+
+
+def test_rewards_put_the_score_after_the_last_token_and_the_kl_on_every_token(tiny, tmp_path):
+    trainer = build_trainer(tiny, tmp_path)
+    tokenizer = trainer.processing_class
+    query = tokenizer("the film")["input_ids"]
+    responses = [[5, 6, 7, 8, 9, 10], [5, 6, tokenizer.eos_token_id, 0, 0, 0], [tokenizer.eos_token_id, 0, 0, 0, 0, 0]]
+    assert tokenizer.pad_token_id == 0
+    rollout = rollout_of(trainer, query, responses)
+    assert rollout.mask.sum(1).tolist() == [6, 3, 1]  # eos belongs to the response
+    rewards = trainer.rewards(rollout)
+    expected = -0.05 * rollout.kl * rollout.mask
+    for row, last in enumerate([5, 3, 1]):
+        expected[row, last] += rollout.scores[row]
+    torch.testing.assert_close(rewards, expected)
+    assert (rewards[~rollout.value_mask] == 0).all()
+
+    trainer.args.missing_eos_penalty = 3.0
+    penalised = trainer.rewards(rollout_of(trainer, query, responses))
+    torch.testing.assert_close((rewards - penalised).sum(1), torch.tensor([3.0, 0.0, 0.0]))
+
+
+def rollout_of(trainer, query, responses):
+    """A rollout of given token ids: `PPOTrainer.rollout` with sampling replaced."""
+    from unittest import mock
+
+    sequences = torch.tensor([query + r for r in responses])
+    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sequences):
+        return trainer.rollout(torch.tensor([query] * len(responses)))
+
+
+def test_loss_is_the_papers(tiny, tmp_path):
+    """The clipped surrogate and value loss in plain Python loops, on a policy that has moved since the rollout."""
+    trainer = build_trainer(tiny, tmp_path, ppo__vf_coef=0.3)
+    tokenizer = trainer.processing_class
+    rollout = rollout_of(trainer, tokenizer("the film")["input_ids"], [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
+    advantages, returns = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(0))
+    judged = Advantages(advantages, returns, torch.tensor(1.0))
+    for name, p in trainer.roles.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(2))
+    loss, stats = trainer.loss(rollout, judged, torch.tensor([0, 1]), torch.tensor(8), torch.tensor(9))
+    output, values = trainer.model(rollout.query_responses, rollout.context_length, 0, 1.0)
+    policy_loss, value_loss, clipped = 0.0, 0.0, 0
+    for i, length in enumerate([6, 2]):  # tokens; the second response ends and so has a state after its last token
+        for t in range(length):
+            ratio = (output.logprobs[i, t] - rollout.logprobs[i, t]).exp().item()
+            a = advantages[i, t].item()
+            surrogate = min(ratio * a, max(0.8, min(1.2, ratio)) * a)
+            clipped += surrogate < ratio * a
+            policy_loss -= surrogate / 8
+        for t in range(min(6, length + 1)):
+            v, old, target = (x[i, t].item() for x in (values, rollout.values, returns))
+            near = max(old - 0.2, min(old + 0.2, v))
+            value_loss += 0.5 * max((v - target) ** 2, (near - target) ** 2) / 9
+    assert loss.item() == pytest.approx(policy_loss + 0.3 * value_loss, rel=1e-4)
+    assert stats["policy/clipfrac_avg"].item() == pytest.approx(clipped / 8)
+    assert clipped > 0
+
+
+def test_gradient_accumulation_equals_the_large_batch(tiny, tmp_path):
+    """Rows of different lengths, so that a mean of micro batch means would differ."""
+    gradients = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        trainer = build_trainer(
+            tiny, tmp_path, ppo__per_device_train_batch_size=batch, ppo__gradient_accumulation_steps=accumulation,
+            ppo__num_ppo_epochs=1,
+        )  # fmt: skip
+        query = trainer.processing_class("the film")["input_ids"]
+        rollout = rollout_of(trainer, query, [[5 + i] * (1 + i % 6) + [0] * (5 - i % 6) for i in range(8)])
+        advantages = trainer.advantages(rollout, trainer.rewards(rollout))
+        seen = {}
+        trainer.optimizer.zero_grad = lambda *a, trainer=trainer, seen=seen: seen.update(
+            {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        )
+        trainer.update(rollout, advantages)
+        gradients.append(seen)
+    large, accumulated = gradients
+    assert large.keys() == accumulated.keys()
+    assert any(g.abs().max() > 0 for g in large.values())
+    for name, gradient in large.items():
+        torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_clipping(tiny, tmp_path):
+    norms = []
+    for limit in (0.0, 1e-3):
+        trainer = build_trainer(tiny, tmp_path, ppo__max_grad_norm=limit, ppo__num_ppo_epochs=1)
+        step = trainer.optimizer.step
+
+        def record(*args, trainer=trainer, step=step, **kwargs):
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+            return step(*args, **kwargs)
+
+        trainer.optimizer.step = record
+        torch.manual_seed(0)
+        trainer.train()
+    assert norms[0] > 1e-2
+    assert norms[2] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_prompts_longer_than_the_limit_are_left_out_not_cut(tiny, capsys):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    texts = ["film", "the film was great and superb and fine " * 4, "", "plot"]
+    kept = tokenize_prompts(Dataset.from_dict({"prompt": texts, "extra": [1, 2, 3, 4]}), tokenizer, 8)
+    assert kept["prompt"] == ["film", "", "plot"]  # an empty prompt is bos alone
+    assert kept["extra"] == [1, 3, 4]
+    assert "1 of 4 prompts are longer" in capsys.readouterr().out

@@ -1,0 +1,122 @@
+"""Each script, run: in this process for two steps, and once by a real `accelerate launch`."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(stage, recipe, tmp_path, *words):
+    return importlib.import_module(f"scripts.{stage}").main(
+        ["--recipe", str(recipe), "--run.output", str(tmp_path / "outputs"), "--run.name", "it", *words]
+    )
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_sft_trains_a_backbone_the_next_stage_loads(tiny, tmp_path):
+    summary = run("sft", tiny, tmp_path)
+    folder = tmp_path / "outputs/tiny/sft/it"
+    assert summary["eval_perplexity"] == pytest.approx(math.exp(summary["eval_loss"]))
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    again = run("sft", tiny, tmp_path, "--sft.from_scratch=false", "--model.path", str(folder / "model"), "--run.name=2")
+    assert again["train_rows"] == 48
+    first, second = (load_file(f / "model/model.safetensors") for f in (folder, folder.with_name("2")))
+    samples = lines(folder / "samples.jsonl")
+    assert len(samples) == 2
+    assert all(row["prompt"] and isinstance(row["completion"], str) for row in samples)
+    assert first.keys() == second.keys()  # merged: a plain model again
+    assert not all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_reward_adapter_learns_and_leaves_the_backbone_alone(tiny, tmp_path):
+    before = load_file(tiny / "checkpoints/backbone/model.safetensors")
+    summary = run("reward", tiny, tmp_path, "--reward_training.max_steps=60", "--reward_training.learning_rate=1e-2")
+    assert summary["eval_accuracy"]["all"] > 0.9  # good words against bad words
+    assert summary["eval_accuracy"]["8 words"] == summary["eval_accuracy"]["all"]
+    adapter = load_file(tmp_path / "outputs/tiny/reward/it/adapter/adapter_model.safetensors")
+    assert {name.split(".")[-1] for name in adapter} == {"weight"}
+    assert all("lora_" in name or name.endswith("score.weight") for name in adapter)
+    after = load_file(tiny / "checkpoints/backbone/model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_ppo_writes_what_it_promises(tiny, tmp_path):
+    summary = run("ppo", tiny, tmp_path)
+    folder = tmp_path / "outputs/tiny/ppo/it"
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "value.safetensors", "README.md", "recipe.resolved.yaml",
+        "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json",
+    }  # fmt: skip
+    assert (folder.parent / "latest").resolve() == folder.resolve()
+    assert set(summary) == {"task", "stage", "seed", "beta", "seconds", "prompts", "reference", "policy"}
+    judged = {"reward", "gold", "objective", "length", "distinct_2"}
+    assert set(summary["reference"]) == judged
+    assert set(summary["policy"]) == judged | {"kl"}
+    for side in ("reference", "policy"):
+        kl = summary[side].get("kl", 0.0)
+        assert summary[side]["objective"] == pytest.approx(summary[side]["reward"] - summary["beta"] * kl)
+    samples = lines(folder / "samples.jsonl")
+    assert len(samples) == summary["prompts"] == 8
+    mean = sum(row["policy_reward"] for row in samples) / len(samples)
+    assert mean == pytest.approx(summary["policy"]["reward"], abs=1e-5)
+    steps = lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert steps[0]["objective/kl"] == 0.0  # the policy starts at the reference
+    assert steps[0]["episode"] == 8
+    assert steps[1]["objective/kl"] != 0.0
+    assert steps[2]["eval/objective"] == summary["policy"]["objective"]
+
+
+def test_ppo_twice_is_bit_identical(tiny, tmp_path):
+    for name in ("a", "b"):
+        run("ppo", tiny, tmp_path, f"--run.name={name}")
+    a, b = (tmp_path / "outputs/tiny/ppo" / name for name in ("a", "b"))
+    for file in ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors", "value.safetensors"):
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    run("ppo", tiny, tmp_path, "--run.name=c", "--run.seed=1")
+    assert (a / "metrics.jsonl").read_bytes() != (a.with_name("c") / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_is_never_overwritten(stage, tiny, tmp_path, capsys):
+    run(stage, tiny, tmp_path)
+    before = (tmp_path / f"outputs/tiny/{stage}/it/metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(stage, tiny, tmp_path)
+    assert stop.value.code == 2
+    assert "choose another `--run.name`" in capsys.readouterr().err
+    assert (tmp_path / f"outputs/tiny/{stage}/it/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
+    """A home without any login or accelerate config, standard input closed: no question, exit code 0, an offline run."""
+    home = tmp_path / "home"
+    home.mkdir()
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ACCELERATE", "HF_"))}
+    done = subprocess.run(
+        ["accelerate", "launch", "scripts/" + stage + ".py", "--recipe", tiny, "--run.output", tmp_path / "outputs",
+         "--run.name", "it", "--run.tracker", "wandb"],
+        cwd=ROOT, env=keep | {"HOME": str(home)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wandb:") == 1
+    assert "not logged in, so this run is offline" in done.stdout
+    folder = tmp_path / "outputs/tiny" / stage / "it"
+    assert (folder / "summary.json").is_file()
+    [log] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    recorded = log.read_bytes()
+    for word in (b"objective/kl", b"samples") if stage == "ppo" else (b"loss",):
+        assert word in recorded
+    assert {b"ppo": b"objective/kl"}.get(stage.encode(), b"loss") in recorded
