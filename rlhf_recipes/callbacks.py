@@ -14,9 +14,10 @@ class RunLogger(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.before = run.last_step  # a stage of several trainings counts on
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.run.log({k: v for k, v in logs.items() if k != "step"}, step=state.global_step)
+        self.run.log({k: v for k, v in logs.items() if k != "step"}, step=self.before + state.global_step)
 
 
 class ProgressBar(TrainerCallback):
@@ -55,6 +56,8 @@ _SHOWN = {
     "sft": {"loss": "loss", "eval_loss": "held-out loss"},
     "reward": {"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
     "ppo": {"objective/scores": "reward", "objective/kl": "KL"},
+    "a2c": {"objective/scores": "reward", "objective/kl": "KL"},
+    "dpo": {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 
 from rlhf_recipes.recipe import Recipe, RecipeError
@@ -16,6 +17,19 @@ class SFTConfig(trl.SFTConfig):
     from_scratch: bool = field(
         default=False,
         metadata={"help": "Train a new backbone and tokenizer of `model.architecture` instead of continuing `model.path`."},
+    )
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig, and how often new pairs are sampled."""
+
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds of pairs and training; from the second on the policy itself is sampled. The labels depend on "
+            "the rewards alone, so DPO's optimum at this beta and reference is the same whoever was sampled."
+        },
     )
 
 
@@ -36,6 +50,7 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
         "seed": recipe.run.seed,
         "report_to": "none",  # tracking.py logs to wandb itself, under TRL's metric names
         "bf16": bfloat16,  # TRL's default is true whatever the model's dtype
+        "use_cpu": not torch.cuda.is_available(),  # else transformers refuses bf16 there
         **shared,
         **recipe.stages[section],
     }

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.objective import token_kl
+from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import AdapterReward
-from rlhf_recipes.roles import Roles
+from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.sampling import response_forward, response_mask, sample_completions
 from rlhf_recipes.tables import markdown_samples, print_samples, print_summary
@@ -25,13 +28,15 @@ Gold = Callable[..., list[float]]
 
 @dataclass
 class Completions:
-    """K completions for each of P held-out prompts, and what is known of them; every tensor is [P, K].
+    """K completions for each of P prompts, and what is known of them; every tensor is [P, K].
 
+    ids: the completions' token ids, eos included where there is one.
     kl, kl_k3: estimates of KL(pi(.|x) || pi_ref(.|x)) in nats from each completion: k1 = log pi(y|x) - log pi_ref(y|x),
         and k3 summed over tokens (objective.token_kl).
     length: tokens, eos included.
     """
 
+    ids: list[list[list[int]]]
     texts: list[list[str]]
     reward: Tensor
     kl: Tensor
@@ -60,53 +65,86 @@ def distinct_n(texts: list[str], n: int) -> float:
 
 @torch.no_grad()
 def complete(
-    policy: nn.Module, roles: Roles, prompts: Dataset, recipe: Recipe, gold: Gold | None, title: str, samples: int = 1
+    policy: PreTrainedModel | PeftModel | Reference,
+    roles: Roles,
+    prompts: Dataset,
+    recipe: Recipe,
+    gold: Gold | None = None,
+    title: str | None = None,
+    samples: int = 1,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    measure_kl: bool = True,
 ) -> Completions:
-    """Samples `samples` completions for each prompt and judges them. Training's random state is left as it was.
+    """Samples `samples` completions for each prompt and judges them.
+
+    The processes share the work. Each batch has a seed of its own, so the completions do not depend on how many processes
+    there are, and training's random state is left as it was.
 
     Args:
-        policy: the policy or the reference of `roles`.
+        policy: the policy or the reference of `roles`, or a model of its own over the same tokenizer.
         prompts: with `prompt` and `input_ids`; other columns reach `gold`.
+        title: of the progress bar; without one there is none.
+        seed: of the sampling; default `run.seed`.
+        batch_size: sequences at a time; default `evaluate.batch_size`.
+        measure_kl: false leaves kl and kl_k3 at zero and saves two forward passes.
     """
+    size = batch_size or recipe.evaluate.batch_size
+    rows = [i for i in range(len(prompts)) for _ in range(samples)]
+    batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+    state = PartialState()
+    mine = range(state.process_index, len(batches), state.num_processes)
+    seed = recipe.run.seed if seed is None else seed
+    judged = []
+    with torch.random.fork_rng():
+        for at in tqdm(mine, desc=title, leave=False, disable=title is None or not state.is_main_process):
+            torch.manual_seed(seed * 1_000_003 + at)
+            judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
+    if state.num_processes > 1:
+        judged = sorted(gather_object(judged), key=lambda pair: pair[0])
+    columns = {name: [value for _, batch in judged for value in batch[name]] for name in judged[0][1]}
+    grouped = {name: [values[i : i + samples] for i in range(0, len(values), samples)] for name, values in columns.items()}
+    tensors = {name: torch.tensor(grouped[name]) for name in ("reward", "kl", "kl_k3", "length")}
+    scores = torch.tensor(grouped["gold"]) if gold is not None else None
+    return Completions(grouped["ids"], grouped["texts"], gold=scores, **tensors)
+
+
+def _judge_batch(
+    policy: PreTrainedModel | PeftModel | Reference,
+    roles: Roles,
+    prompts: Dataset,
+    recipe: Recipe,
+    gold: Gold | None,
+    measure_kl: bool,
+) -> dict[str, list]:
+    """One completion for each row of `prompts`: the columns of `Completions`, a value a row."""
     tokenizer, temperature = roles.tokenizer, recipe.sampling.temperature
     pad = tokenizer.pad_token_id
-    size = recipe.evaluate.batch_size
-    rows = [i for i in range(len(prompts)) for _ in range(samples)]
-    ids = prompts["input_ids"]
-    texts: list[str] = []
-    parts = []
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.run.seed)
-        for start in tqdm(range(0, len(rows), size), desc=title, leave=False):
-            batch = [ids[i] for i in rows[start : start + size]]
-            queries = tokenizer.pad({"input_ids": batch}, return_tensors="pt")["input_ids"].to(roles.policy.device)
-            context = queries.shape[1]
-            sequences = sample_completions(
-                roles.policy,
-                queries,
-                tokenizer,
-                recipe.data.max_completion_tokens,
-                temperature,
-                adapters=policy is not roles.reference,
-            )
-            responses = sequences[:, context:]
-            mask = response_mask(responses, pad)
-            log_pi, log_ref = (
-                response_forward(model, sequences, context, pad, temperature).logprobs for model in (policy, roles.reference)
-            )
-            kl, kl_k3 = ((token_kl(log_pi, log_ref, estimator) * mask).sum(1) for estimator in ("k1", "k3"))
-            parts.append((roles.reward(sequences), kl, kl_k3, mask.sum(1)))
-            texts += [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(responses, mask, strict=True)]
-
-    scores = None
+    queries = tokenizer.pad({"input_ids": prompts["input_ids"][:]}, return_tensors="pt")["input_ids"].to(roles.policy.device)
+    context = queries.shape[1]
+    sequences = sample_completions(policy, queries, tokenizer, recipe.data.max_completion_tokens, temperature)
+    responses = sequences[:, context:]
+    mask = response_mask(responses, pad)
+    kl = kl_k3 = torch.zeros(len(queries))
+    if measure_kl and policy is not roles.reference:
+        log_pi, log_ref = (
+            response_forward(model, sequences, context, pad, temperature).logprobs for model in (policy, roles.reference)
+        )
+        kl, kl_k3 = (sequence_kl(log_pi, log_ref, mask, estimator) for estimator in ("k1", "k3"))
+    ids = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    batch = {
+        "ids": ids,
+        "texts": texts,
+        "reward": roles.reward(sequences).tolist(),
+        "kl": kl.tolist(),
+        "kl_k3": kl_k3.tolist(),
+        "length": mask.sum(1).tolist(),
+    }
     if gold is not None:
-        columns = {name: prompts[name] for name in prompts.column_names if name not in ("prompt", "input_ids")}
-        repeated = {name: [values[i] for i in rows] for name, values in columns.items()}
-        all_prompts = list(prompts["prompt"])
-        scores = torch.tensor(gold([all_prompts[i] for i in rows], texts, **repeated)).view(-1, samples)
-    reward, kl, kl_k3, length = (torch.cat(part).cpu().view(-1, samples) for part in zip(*parts, strict=True))
-    grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-    return Completions(grouped, reward, kl, kl_k3, length, scores)
+        columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
+        batch["gold"] = list(gold(prompts["prompt"][:], texts, **columns))
+    return batch
 
 
 def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:

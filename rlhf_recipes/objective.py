@@ -15,14 +15,36 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> T
 
     Args:
         logprobs, ref_logprobs: log pi(y_t | x, y_<t) and log pi_ref(y_t | x, y_<t), [batch, tokens].
-        estimator: "k1" = log pi - log pi_ref: unbiased, can be negative. "k3" = exp(-k1) - 1 + k1: unbiased, never
-            negative. http://joschu.net/blog/kl-approx.html
+        estimator: with log r = log pi_ref - log pi, as in http://joschu.net/blog/kl-approx.html,
+            "k1" = -log r: unbiased, can be negative;
+            "k2" = (log r)^2 / 2: biased, never negative, its gradient is the KL's;
+            "k3" = r - 1 - log r: unbiased, never negative.
 
     Returns:
         [batch, tokens]
     """
     logr = ref_logprobs - logprobs
-    return -logr if estimator == "k1" else logr.exp() - 1 - logr
+    if estimator == "k1":
+        return -logr
+    if estimator == "k2":
+        return logr.square() / 2
+    if estimator == "k3":
+        return logr.exp() - 1 - logr
+    raise ValueError(f"the KL estimators are k1, k2 and k3, not {estimator!r}")
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimates KL(pi(.|x) || pi_ref(.|x)) from each completion: `token_kl` summed over its tokens, in nats.
+
+    By the chain rule the sum over tokens of an unbiased estimate is one of the sequences' KL.
+
+    Args:
+        logprobs, ref_logprobs, mask: [batch, tokens]; the mask marks the completion's tokens, eos included.
+
+    Returns:
+        [batch]
+    """
+    return (token_kl(logprobs, ref_logprobs, estimator) * mask).sum(-1)
 
 
 def generalized_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
@@ -90,59 +112,81 @@ def optimal_objective(log_ref: Tensor, rewards: Tensor, beta: float) -> Tensor:
     return beta * torch.logsumexp(log_ref + rewards / beta, dim=-1)
 
 
-def estimate_optimal_objective(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """J*(x) estimated from the reference's samples: beta log mean_k exp(r_k / beta).
+def estimate_optimal_objective(rewards: Tensor, beta: float, kl: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """J*(x) from samples y_k of a policy q, by importance sampling of Z(x) = E_q[ pi_ref(y|x) / q(y|x) exp(r / beta) ].
 
-    By Jensen's inequality it is low on average, the more so the smaller the effective sample size.
+    With q = pi_ref it is beta log mean_k exp(r_k / beta). By Jensen's inequality the estimate is low on average, the more
+    so the smaller the effective sample size: of several proposals, the one with the highest mean is the closest. It is
+    never below q's own mean objective on the same samples, mean_k (r_k - beta kl_k).
 
     Args:
-        rewards: r(x, y_k) of samples y_k ~ pi_ref(.|x), [prompts, samples].
+        rewards: r(x, y_k) of samples y_k ~ q(.|x), [prompts, samples].
+        kl: log q(y_k|x) - log pi_ref(y_k|x), [prompts, samples]; None for q = pi_ref.
 
     Returns:
-        estimate [prompts], and effective sample size (sum w)^2 / sum w^2 of w = exp(r / beta), [prompts].
+        estimate [prompts], and effective sample size (sum w)^2 / sum w^2 of the weights w, [prompts].
     """
     if beta == 0:
         return rewards.amax(-1), torch.ones(len(rewards))
-    scaled = (rewards / beta).double()
-    log_mean = torch.logsumexp(scaled, dim=-1) - math.log(rewards.shape[-1])
-    size = (2 * torch.logsumexp(scaled, dim=-1) - torch.logsumexp(2 * scaled, dim=-1)).exp()
-    return (beta * log_mean).float(), size.float()
+    log_w = _log_weights(rewards, beta, kl)
+    log_mean = torch.logsumexp(log_w, dim=-1) - math.log(rewards.shape[-1])
+    return (beta * log_mean).float(), _effective_size(log_w).float()
 
 
-def optimal_frontier_point(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Reward and KL of pi* at `beta`, by self-normalised importance sampling from the reference's samples.
+def optimal_frontier_point(rewards: Tensor, beta: float, kl: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Reward and KL of pi* at `beta`, by self-normalised importance sampling from the samples of a policy q.
 
-    With w_k = softmax_k(r_k / beta): reward = sum_k w_k r_k and KL(pi* || pi_ref) = sum_k w_k log(K w_k).
+    With weights w_k = softmax_k(r_k / beta - kl_k): reward = sum_k w_k r_k, and since log pi*/pi_ref = r / beta - log Z,
+    KL(pi* || pi_ref) = reward / beta - log Z.
 
     Args:
-        rewards: [prompts, samples].
+        rewards, kl: as for `estimate_optimal_objective`.
 
     Returns:
-        reward and KL in nats, both [prompts].
+        reward, KL in nats, and effective sample size, all [prompts].
     """
-    log_w = torch.log_softmax(rewards.double() / beta, dim=-1)
-    w = log_w.exp()
-    kl = (w * (log_w + math.log(rewards.shape[-1]))).sum(-1)
-    return (w * rewards).sum(-1).float(), kl.float()
+    log_w = _log_weights(rewards, beta, kl)
+    reward = (torch.softmax(log_w, dim=-1) * rewards).sum(-1)
+    log_z = torch.logsumexp(log_w, dim=-1) - math.log(rewards.shape[-1])
+    return reward.float(), (reward / beta - log_z).float(), _effective_size(log_w).float()
 
 
-def best_of_n(rewards: Tensor, n: int) -> Tensor:
-    """E[ max of n draws ] of each prompt, exactly over all subsets of its samples.
+def _log_weights(rewards: Tensor, beta: float, kl: Tensor | None) -> Tensor:
+    log_w = rewards.double() / beta
+    return log_w if kl is None else log_w - kl.double()
 
-    The i-th smallest of K samples (from 1) is the largest of a random n-subset with probability
-    C(i-1, n-1) / C(K, n).
+
+def _effective_size(log_w: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2 over the last dimension (Kish 1965)."""
+    return (2 * torch.logsumexp(log_w, dim=-1) - torch.logsumexp(2 * log_w, dim=-1)).exp()
+
+
+def wins(scores: Tensor, reference: Tensor) -> Tensor:
+    """The share of the reference's samples that each sample beats, ties counted half; its mean is the win rate.
+
+    Args:
+        scores [prompts, K], reference [prompts, L].
+
+    Returns:
+        [prompts, K]
+    """
+    above = (scores.unsqueeze(-1) > reference.unsqueeze(-2)).float()
+    ties = (scores.unsqueeze(-1) == reference.unsqueeze(-2)).float()
+    return (above + 0.5 * ties).mean(-1)
+
+
+def best_of_n_weights(rewards: Tensor, n: int) -> Tensor:
+    """The probability that each sample is the one best-of-n returns, exactly over all n-subsets of a prompt's samples.
+
+    The i-th smallest of K samples (from 1) is the largest of a random n-subset with probability C(i-1, n-1) / C(K, n).
+    The weighted sum of the rewards is E[ max of n draws ].
 
     Args:
         rewards: [prompts, samples], samples >= n.
 
     Returns:
-        [prompts]
+        [prompts, samples]
     """
-    return (best_of_n_weights(rewards, n) * rewards).sum(-1)
-
-
-def best_of_n_weights(rewards: Tensor, n: int) -> Tensor:
-    """The probability that each sample is the one best-of-n returns: [prompts, samples] -> [prompts, samples]."""
     k = rewards.shape[-1]
     if not 1 <= n <= k:
         raise ValueError(f"best of {n} needs at least {n} samples a prompt, there are {k}")

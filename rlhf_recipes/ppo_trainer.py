@@ -52,6 +52,12 @@ class PPOConfig(trl_ppo.PPOConfig):
             "gradient becomes a loss term, and the reward of a token holds the KL of what follows it. Less noise."
         },
     )
+    reward_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "V(s) is the reward model's score of the text so far plus what the value function learns beside it."
+        },
+    )
     whiten_advantages: bool = field(default=True, metadata={"help": "Unit variance and zero mean, as TRL always does."})
 
 
@@ -92,6 +98,7 @@ class Rollout:
     mask: Tensor
     logprobs: Tensor
     values: Tensor
+    baseline: Tensor | None  # the reward model's score of the text so far, with `reward_baseline`; part of `values`
     kl: Tensor  # by `kl_estimator` or `full_kl`
     reference_hidden: Tensor | None  # [batch, response, hidden], for `full_kl`
     scores: Tensor  # [batch], the reward model's, less `missing_eos_penalty` without eos
@@ -197,8 +204,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
             output, values = policy_and_value(chunk, context, pad, args.temperature, reference.hidden if args.full_kl else None)
             kl = output.kl if args.full_kl else token_kl(output.logprobs, reference.logprobs, args.kl_estimator)
-            parts.append((output.logprobs, kl, reference.hidden, values, self.reward_model(chunk)))
-        logprobs, kl, reference_hidden, values, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+            prefix_scores = self.reward_model.prefix_scores(chunk) if args.reward_baseline else None
+            scores = self.reward_model(chunk) if prefix_scores is None else prefix_scores[:, -1]
+            baseline = torch.zeros_like(values) if prefix_scores is None else prefix_scores[:, context - 1 : -1]
+            parts.append((output.logprobs, kl, reference.hidden, values, baseline, scores))
+        logprobs, kl, reference_hidden, values, baseline, scores = (torch.cat(part) for part in zip(*parts, strict=True))
         responses = query_responses[:, context:]
         mask = response_mask(responses, pad)
         if args.missing_eos_penalty is not None:
@@ -211,7 +221,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             logprobs=logprobs,
             kl=kl * mask,
             reference_hidden=reference_hidden if args.full_kl else None,
-            values=values * after_mask(mask),
+            values=(values + baseline) * after_mask(mask),
+            baseline=baseline if args.reward_baseline else None,
             scores=scores,
         )
 
@@ -291,6 +302,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             args.temperature,
             None if rollout.reference_hidden is None else rollout.reference_hidden[rows],
         )
+        if rollout.baseline is not None:
+            values = values + rollout.baseline[rows]
         difference = (output.logprobs - rollout.logprobs[rows]) * mask
         ratio = difference.exp()
         unclipped = -advantage * ratio
@@ -353,17 +366,19 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         save_file(value, folder / "value.safetensors")
 
 
-def episodes_per_update(recipe: Recipe) -> int:
+def episodes_per_update(recipe: Recipe, stage: str) -> int:
     """The rollout's size over all processes: TRL's `batch_size`."""
-    section = recipe.stages["ppo"]
+    section = recipe.stages[stage]
     local = section.get("per_device_train_batch_size", 8) * section.get("gradient_accumulation_steps", 1)
     return local * PartialState().num_processes
 
 
-def shared_fields(recipe: Recipe) -> dict[str, Any]:
-    """The facts that PPO shares with other stages, under TRL's field names."""
+def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The facts that PPO shares with other stages, under TRL's field names; and what makes it A2C."""
+    one_step = {"num_ppo_epochs": 1, "num_mini_batches": 1} if stage == "a2c" else {}
     return {
         "kl_coef": recipe.objective.beta,
         "response_length": recipe.data.max_completion_tokens,
         "temperature": recipe.sampling.temperature,
+        **one_step,
     }

@@ -10,6 +10,7 @@ import psutil
 
 from rlhf_recipes.recipe import Recipe, RecipeError, section_of
 
+_CHUNK_TOKENS = 512
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -17,15 +18,20 @@ def check(recipe: Recipe, stage: str) -> None:
     """Raises RecipeError for the first thing that would stop `stage` later, and says what to change."""
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
-    section = recipe.stages[section_of(stage)]
+    if recipe.run.resume is not None and stage != "preferences":
+        raise RecipeError(f"--resume: {stage} cannot be resumed; scripts/preferences.py can")
+    section = recipe.stages.get(section_of(stage), {})
     if stage == "sft" and section.get("from_scratch"):
         _check_architecture(recipe)
         return
     _check_folder(recipe, "model.path", recipe.model.path, "config.json")
-    if stage == "ppo":
+    if stage not in ("sft", "reward"):
         _check_folder(recipe, "reward.adapter", recipe.reward.adapter, "adapter_config.json")
         _check_lengths(recipe)
-        _check_batches(section)
+    if stage in ("ppo", "a2c"):
+        _check_batches(stage, section)
+    if stage == "dpo":
+        _check_dpo(recipe)
     _check_pad(recipe)
 
 
@@ -63,13 +69,30 @@ def _check_lengths(recipe: Recipe) -> None:
         )
 
 
-def _check_batches(section: dict[str, Any]) -> None:
+def _check_dpo(recipe: Recipe) -> None:
+    if recipe.objective.beta == 0:
+        raise RecipeError(
+            "`objective.beta` 0: DPO cannot do without the leash: its loss is a function of beta * log(pi / pi_ref), which "
+            "is then zero for every policy. scripts/ppo.py and scripts/a2c.py can"
+        )
+    if recipe.sampling.temperature != 1:
+        raise RecipeError(
+            f"`sampling.temperature` {recipe.sampling.temperature}: DPO's loss reads log pi at temperature 1, so its pairs "
+            f"must be sampled there"
+        )
+    if recipe.preferences.source == "task" and recipe.stages["dpo"].get("rounds", 1) > 1:
+        raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
+    if recipe.preferences.path is not None:
+        _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
+
+
+def _check_batches(stage: str, section: dict[str, Any]) -> None:
     per_device = section.get("per_device_train_batch_size", 8)
     local = per_device * section.get("gradient_accumulation_steps", 1)
     minibatches = section.get("num_mini_batches", 1)
     if local % minibatches:
         raise RecipeError(
-            f"`ppo.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
+            f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
 
@@ -113,21 +136,23 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
     parameters = sum(math.prod(shape) for shape in shapes.values())
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
     lora = recipe.lora.r * sum(sum(shape) for shape in matrices)
-    section = recipe.stages[section_of(stage)]
-    batch = section.get("per_device_train_batch_size", 8)
+    section = recipe.stages.get(section_of(stage), {})
+    trains = section_of(stage) in recipe.stages
+    batch = section.get("per_device_train_batch_size", 8) if trains else recipe.evaluate.batch_size
     from_scratch = stage == "sft" and section.get("from_scratch")
-    if stage == "ppo":
-        tokens, predicted = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens, recipe.data.max_completion_tokens
-    else:
+    if stage in ("sft", "reward"):
         tokens = predicted = section.get("max_length") or 1024
+    else:
+        tokens, predicted = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens, recipe.data.max_completion_tokens
     layers, hidden = config.get("num_hidden_layers", 12), config.get("hidden_size", 768)
     vocabulary = 1 if stage == "reward" else config.get("vocab_size", 32000)
+    logits = batch * predicted if stage in ("sft", "dpo") else max(batch, _CHUNK_TOKENS)  # others keep one step's or chunk's
     return {
         "imports (torch, transformers, trl)": 700 * 2**20,
         "backbone, once for all roles": parameters * (16 if from_scratch else weight_bytes),
-        "trained adapters with optimizer": 0 if from_scratch else 16 * lora,
+        "trained adapters with optimizer": 0 if from_scratch else (16 if trains else 4) * lora,
         "activations": 16 * weight_bytes * batch * tokens * layers * hidden,
-        "logits": 3 * 4 * batch * predicted * vocabulary,
+        "logits": 3 * 4 * logits * vocabulary,
     }
 
 

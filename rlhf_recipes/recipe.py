@@ -97,16 +97,40 @@ class RunSection:
     tracker: Literal["wandb", "none"] = _key("wandb runs go offline by themselves without login or network", "wandb")
     project: str = _key("the wandb project", "rlhf-recipes")
     name: str | None = _key("the run folder's name; default: time and seed", None)
+    resume: str | None = _key("a run's folder to go on with, or `latest`; --resume says the same", None)
     output: str = _key("runs are written to <output>/<task>/<stage>/<run>, relative to where you are", "outputs")
 
 
 @dataclass(frozen=True)
+class PreferencesSection:
+    """The pairs that scripts/dpo.py trains on."""
+
+    source: Literal["sampled", "task"] = _key(
+        "`sampled` from the reference and judged by the reward model, or the `task`'s own load_preferences", "sampled"
+    )
+    label: Literal["bradley_terry", "argmax"] = _key(
+        "which of two is chosen: drawn with P = sigmoid(r1 - r2), as DPO assumes, or the higher reward", "bradley_terry"
+    )
+    pairs_per_prompt: Positive = _key("pairs sampled for each training prompt", 4)
+    prompts: Positive | None = _key("training prompts to use, the first of them; default all", None)
+    batch_size: Positive = _key("completions sampled at a time", 64)
+    path: str | None = _key("a folder scripts/preferences.py made; without one scripts/dpo.py makes its pairs first", None)
+
+
+@dataclass(frozen=True)
 class EvaluateSection:
-    """Held-out evaluation, at the end of every policy stage."""
+    """Held-out evaluation: scripts/evaluate.py, and the end of every policy stage."""
 
     prompts: Positive = _key("held-out prompts, the first of the evaluation split", 256)
     batch_size: Positive = _key("sequences in one forward pass", 64)
     samples: Positive = _key("side-by-side samples in the closing table", 10)
+    completions: Positive = _key("completions of each prompt by each policy (scripts/evaluate.py)", 8)
+    reference_completions: Positive = _key("of the reference: they also give best-of-n and the estimate of the optimum", 64)
+    policies: list[str] | None = _key(
+        "what scripts/evaluate.py judges: `reference`, `best-of-N`, and [NAME=]FOLDER of an adapter or a full model; "
+        "default: the reference, best-of-4, 16 and 64, and the latest run of each policy stage",
+        None,
+    )
 
 
 SECTIONS: dict[str, type] = {
@@ -117,6 +141,7 @@ SECTIONS: dict[str, type] = {
     "data": DataSection,
     "sampling": SamplingSection,
     "run": RunSection,
+    "preferences": PreferencesSection,
     "evaluate": EvaluateSection,
 }
 STAGES = tuple(CONFIG_SOURCES)
@@ -143,21 +168,27 @@ OWNER_OF = {
 # Fields of TRL's configs that would be accepted and ignored; better refused with the reason.
 _AT_EOS = "a completion ends at the tokenizer's eos in every stage"
 _COMPUTED = "TRL computes it from the batch sizes and the number of processes"
+_ONE_PASS = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
+_ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
+_PPO_REFUSED = {
+    "stop_token": _AT_EOS,
+    "stop_token_id": _AT_EOS,
+    "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
+    "eval_strategy": "held-out prompts are judged at the end of the run, not during it",
+    "eval_steps": "held-out prompts are judged at the end of the run, not during it",
+    "save_strategy": "the adapter is saved at the end of the run, not during it",
+    "save_steps": "the adapter is saved at the end of the run, not during it",
+    "resume_from_checkpoint": "a PPO run cannot be resumed",
+    "gradient_checkpointing": "PPO's loop does not use it",
+    **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),
+    **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
+    **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _COMPUTED),
+}
 REFUSED = {
-    "ppo": {
-        "stop_token": _AT_EOS,
-        "stop_token_id": _AT_EOS,
-        "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
-        "eval_strategy": "held-out prompts are judged at the end of the run, not during it",
-        "eval_steps": "held-out prompts are judged at the end of the run, not during it",
-        "save_strategy": "the adapter is saved at the end of the run, not during it",
-        "save_steps": "the adapter is saved at the end of the run, not during it",
-        "resume_from_checkpoint": "a PPO run cannot be resumed",
-        "gradient_checkpointing": "PPO's loop does not use it",
-        **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),
-        **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
-        **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _COMPUTED),
-    }
+    "ppo": _PPO_REFUSED,
+    "a2c": _PPO_REFUSED
+    | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value"), _ONE_PASS),
+    "dpo": dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ONE_REFERENCE),
 }
 
 
@@ -173,6 +204,7 @@ class Recipe:
     data: DataSection
     sampling: SamplingSection
     run: RunSection
+    preferences: PreferencesSection
     evaluate: EvaluateSection
     stages: dict[str, dict[str, Any]]
 
@@ -374,25 +406,31 @@ class CommandLine:
 
 
 def parse_command_line(argv: list[str]) -> CommandLine:
-    """`--recipe PATH`, `--dry-run`, `--help` and any number of `--section.key=value` / `--section.key value`."""
+    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value` / `--section.key value`."""
     recipe, overrides, flags = DEFAULT_RECIPE, {}, set()
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word in ("--help", "-h", "--dry-run"):
             flags.add(word.lstrip("-")[0])
             continue
         if not word.startswith("--"):
-            raise RecipeError(f"{word}: expected --recipe, --dry-run, --help or --section.key=value")
+            raise RecipeError(f"{word}: expected --recipe, --resume, --dry-run, --help or --section.key=value")
         key, equals, value = word[2:].partition("=")
-        if key != "recipe" and "." not in key:
-            near = _nearest(key, ["recipe", "dry-run", "help"])
+        if key not in ("recipe", "resume") and "." not in key:
+            near = _nearest(key, ["recipe", "resume", "dry-run", "help"])
             raise RecipeError(f"--{key}: unknown option{near or '; an override is --section.key=value'}")
         if not equals:
-            value = next(words, "--")
-            if value.startswith("--"):
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif key == "resume":
+                value = "latest"
+            else:
                 raise RecipeError(f"--{key}: a value is missing; write --{key}=VALUE")
         if key == "recipe":
             recipe = Path(value)
+        elif key == "resume":
+            overrides["run.resume"] = value
         else:  # given twice, the last one holds
             overrides[key] = _read_yaml(value, f"--{key}")
     return CommandLine(recipe, overrides, dry_run="d" in flags, help="h" in flags)
@@ -405,6 +443,7 @@ def help_text(stage: str, doc: str) -> str:
         "",
         "options:",
         "  --recipe PATH          a recipe's folder (default: recipes/imdb)",
+        "  --resume [RUN]         go on with the latest run of the stage, or with that run's folder",
         "  --dry-run              print the resolved recipe, the memory estimate and the checks; write nothing",
         "  --section.key VALUE    override any key below",
         "",

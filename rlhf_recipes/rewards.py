@@ -29,6 +29,16 @@ class AdapterReward(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Scores `input_ids` [batch, tokens] (prompt + completion, padded anyhow); returns float32 [batch]."""
+        hidden, last = self._read(input_ids)
+        return self._score(hidden[torch.arange(len(last)), last[:, -1]])
+
+    def prefix_scores(self, input_ids: Tensor) -> Tensor:
+        """r of the text up to and with each position, [batch, tokens] -> float32 [batch, tokens]; the last one is r."""
+        hidden, last = self._read(input_ids)
+        return self._score(hidden).gather(1, last)
+
+    def _read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The trunk's hidden states [batch, tokens, hidden], and the last real token up to each position [batch, tokens]."""
         mask = input_ids != self.pad_token_id
         if self.ignore_token_id is not None:
             mask &= input_ids != self.ignore_token_id
@@ -41,5 +51,7 @@ class AdapterReward(nn.Module):
             use_cache=False,
         ).last_hidden_state
         position = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask, position, 0).amax(1)
-        return classifier.score(hidden[torch.arange(len(last)), last].float()).squeeze(-1)
+        return hidden, torch.where(mask, position, 0).cummax(1).values
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        return self.model.get_base_model().score(hidden.float()).squeeze(-1)

@@ -38,9 +38,15 @@ class Reference(nn.Module):
         super().__init__()
         self._policy = (policy,)  # in a tuple: nn.Module would register a plain attribute
 
-    def forward(self, **inputs: Tensor):
+    @contextmanager
+    def adapters_off(self) -> Iterator[PeftModel]:
+        """The policy, speaking as the backbone while this lasts."""
         (policy,) = self._policy
         with policy.disable_adapter():
+            yield policy
+
+    def forward(self, **inputs: Tensor):
+        with self.adapters_off() as policy:
             return policy(**inputs)
 
 
@@ -169,7 +175,36 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
 
 
 @contextmanager
-def merged_adapters(policy: PeftModel) -> Iterator[None]:
+def judged_policy(folder: Path, roles: Roles, recipe: Recipe) -> Iterator[PreTrainedModel | PeftModel]:
+    """Another policy beside `roles`, while this lasts: an adapter on the same backbone, or a full model of its own.
+
+    Raises:
+        RecipeError: the folder holds neither, or what it holds does not fit the backbone and its tokenizer.
+    """
+    if (folder / "adapter_config.json").is_file():
+        try:
+            roles.policy.load_adapter(str(folder), adapter_name="judged")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"{folder}: does not fit {recipe.model.path}: {error}") from error
+        before = roles.policy.active_adapter
+        roles.policy.set_adapter("judged")
+        try:
+            yield roles.policy
+        finally:
+            roles.policy.set_adapter(before)
+            roles.policy.delete_adapter("judged")
+    elif (folder / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.model.dtype), use_safetensors=True)
+        theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
+        if theirs != ours:
+            raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")
+        yield model.requires_grad_(False).eval().to(roles.policy.device)
+    else:
+        raise RecipeError(f"{folder}: neither an adapter (adapter_config.json) nor a full model (config.json)")
+
+
+@contextmanager
+def merged_adapters(policy: PeftModel) -> Iterator[PeftModel]:
     """Generates at the backbone's own speed: inside, W + BA stands in for W; outside, W is the very same tensor again.
 
     Only the policy's own parameters point to the merged copies, so roles that share W never see them. Costs one copy of
@@ -183,7 +218,7 @@ def merged_adapters(policy: PeftModel) -> Iterator[None]:
             delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
             weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
         with policy.disable_adapter():
-            yield
+            yield policy
     finally:
         for weight, original in zip(base, originals, strict=True):
             weight.data = original

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
 from rlhf_recipes.tracking import Tracker
 
 # Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
@@ -37,9 +37,14 @@ class Run:
     def prepare(cls, recipe: Recipe, stage: str) -> "Run":
         """Names the run's folder, the same on every process; writes nothing yet."""
         state = PartialState()
+        stage_folder = Path(recipe.run.output) / recipe.task / stage
+        if recipe.run.resume is not None:
+            folder = stage_folder / "latest" if recipe.run.resume == "latest" else Path(recipe.run.resume)
+            _check_resumable(folder, recipe)
+            return cls(recipe, stage, folder.resolve(), state.is_main_process)
         name = recipe.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{recipe.run.seed}"
         [name] = broadcast_object_list([name])  # the processes' clocks differ
-        return cls(recipe, stage, Path(recipe.run.output) / recipe.task / stage / name, state.is_main_process)
+        return cls(recipe, stage, stage_folder / name, state.is_main_process)
 
     def start(self) -> None:
         """Makes the folder, writes the resolved recipe, points `latest` at it, and starts tracking.
@@ -48,7 +53,7 @@ class Run:
             RecipeError: the folder exists; nothing is ever overwritten.
         """
         error = None
-        if self.main:
+        if self.main and self.recipe.run.resume is None:
             try:
                 self.folder.mkdir(parents=True)
                 (self.folder / "recipe.resolved.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
@@ -79,6 +84,10 @@ class Run:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        if self.main:
+            (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
     def save_backbone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """A whole model in `model.save_dtype`, as safetensors, with its tokenizer, under `model/`."""
         if self.main:
@@ -87,10 +96,15 @@ class Run:
             model.to(getattr(torch, self.recipe.model.save_dtype)).save_pretrained(self.folder / "model")
             tokenizer.save_pretrained(self.folder / "model")
 
-    def save_adapter(self, model: PeftModel) -> None:
-        """An adapter (and its score head) in PEFT's format, as safetensors, under `adapter/`."""
+    def save_adapter(self, model: PeftModel, folder: Path) -> None:
+        """An adapter (and its score head) in PEFT's format, as safetensors."""
         if self.main:
-            model.save_pretrained(self.folder / "adapter", save_embedding_layers=False)  # else PEFT asks the Hub
+            model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the Hub
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches, from the main process."""
+        if self.main:
+            print(line)
 
     def finish(self, summary: dict[str, Any], card: str = "") -> dict[str, Any]:
         """Writes summary.json = {task, stage, seed, beta, seconds, **summary} and the model card, and returns it."""
@@ -104,12 +118,31 @@ class Run:
             **summary,
         }
         if self.main:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            self.write_json("summary.json", summary)
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")
             if self.tracker is not None:
                 self.tracker.finish(summary)
             print(f"{self.stage}: {self.folder}")
         return summary
+
+
+def _check_resumable(folder: Path, recipe: Recipe) -> None:
+    """A run goes on only as the run it was: the same recipe, and not finished yet."""
+    resolved = folder / "recipe.resolved.yaml"
+    if not resolved.is_file():
+        raise RecipeError(f"--resume: {folder} is not a run's folder: it has no recipe.resolved.yaml")
+    if (folder / "summary.json").is_file():
+        raise RecipeError(f"--resume: {folder} is finished: it has a summary.json")
+    then, now = _dotted(load_recipe(resolved)), _dotted(recipe)
+    changed = [key for key in now if now[key] != then.get(key) and (key == "run.seed" or not key.startswith("run."))]
+    if changed:
+        raise RecipeError(f"--resume: {folder} was started with other values of {', '.join(changed)}")
+
+
+def _dotted(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as `section.key` -> value."""
+    sections = {name: section for name, section in recipe.to_dict().items() if isinstance(section, dict)}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def _point_latest(folder: Path) -> None:

@@ -9,22 +9,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.roles import merged_adapters
+from rlhf_recipes.logprobs import token_statistics
+from rlhf_recipes.roles import Reference, merged_adapters
 
 
 @torch.no_grad()
 def sample_completions(
-    policy: PreTrainedModel | PeftModel,
+    policy: PreTrainedModel | PeftModel | Reference,
     queries: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float,
-    adapters: bool = True,
 ) -> Tensor:
     """Samples one completion a row from softmax(logits / temperature); no top-k, no top-p, no scores kept.
 
     Args:
-        adapters: sample from the policy (its adapters are merged meanwhile), or with them off, from the reference.
+        policy: a LoRA policy's adapters are merged meanwhile.
         queries: token ids padded on the left, [batch, context].
 
     Returns:
@@ -41,15 +41,21 @@ def sample_completions(
         use_cache=True,
     )
     mask = queries != tokenizer.pad_token_id
-    weights: AbstractContextManager = nullcontext()
-    if isinstance(policy, PeftModel):
-        weights = merged_adapters(policy) if adapters else policy.disable_adapter()
-    with weights:
-        sequences = policy.generate(input_ids=queries.masked_fill(~mask, 0), attention_mask=mask, generation_config=config)
+    with _speaking(policy) as model:
+        sequences = model.generate(input_ids=queries.masked_fill(~mask, 0), attention_mask=mask, generation_config=config)
     responses = sequences[:, queries.shape[1] :]
     missing = max_new_tokens - responses.shape[1]  # generation stops when every row has ended
     responses = nn.functional.pad(responses, (0, missing), value=tokenizer.pad_token_id)
     return torch.cat([queries, responses], dim=1)
+
+
+def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> AbstractContextManager[Any]:
+    """Gives the model to generate with."""
+    if isinstance(policy, Reference):
+        return policy.adapters_off()
+    if isinstance(policy, PeftModel):
+        return merged_adapters(policy)
+    return nullcontext(policy)
 
 
 @dataclass
@@ -57,7 +63,7 @@ class ResponseOutput:
     """What one forward pass says of the response's tokens.
 
     logprobs: log pi(y_t | x, y_<t) at the sampling temperature, [batch, response]
-    entropy: of pi(. | x, y_<t), [batch, response]
+    entropy: of pi(. | x, y_<t), [batch, response]; without gradient
     hidden: the trunk's last hidden state where y_t is predicted, [batch, response, hidden]
     kl: KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)) over the whole vocabulary, in nats, [batch, response]; None unless
         the reference's hidden states were given
@@ -80,40 +86,31 @@ def model_inputs(query_responses: Tensor, pad_token_id: int) -> dict[str, Tensor
 
 
 def response_forward(
-    policy: Any,
+    policy: PreTrainedModel | PeftModel | Reference,
     query_responses: Tensor,
     context_length: int,
     pad_token_id: int,
     temperature: float,
     reference_hidden: Tensor | None = None,
 ) -> ResponseOutput:
-    """Runs `policy` over [batch, context + response]; logits are built for the response's positions only.
+    """Runs `policy` over [batch, context + response]; no logits outlive a chunk of the response's tokens.
 
     Args:
         reference_hidden: the reference's `hidden` of the same tokens; its distributions are rebuilt from that, since the
             hidden states are hundreds of times smaller than the logits.
     """
-    responses = query_responses[:, context_length:]
-    output = policy(
-        **model_inputs(query_responses, pad_token_id),
-        logits_to_keep=responses.shape[1] + 1,
-        output_hidden_states=True,
-        use_cache=False,
+    if isinstance(policy, Reference):
+        with policy.adapters_off() as backbone:
+            return response_forward(backbone, query_responses, context_length, pad_token_id, temperature, reference_hidden)
+    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    trunk = getattr(model, model.base_model_prefix)
+    hidden = trunk(**model_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
+    hidden = hidden[:, context_length - 1 : -1]
+    targets = query_responses[:, context_length:]
+    logprobs, entropy, kl = token_statistics(
+        hidden, targets, model.get_output_embeddings(), temperature, reference_hidden
     )
-    log_pi = torch.log_softmax(output.logits[:, :-1].float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(log_pi.exp() * log_pi).sum(-1)
-    kl = None
-    if reference_hidden is not None:
-        with torch.no_grad():
-            log_ref = torch.log_softmax(policy.get_output_embeddings()(reference_hidden).float() / temperature, dim=-1)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-    return ResponseOutput(
-        logprobs=log_pi.gather(-1, responses.unsqueeze(-1)).squeeze(-1),
-        entropy=entropy,
-        hidden=output.hidden_states[-1][:, context_length - 1 : -1],
-        kl=kl,
-    )
+    return ResponseOutput(logprobs, entropy, hidden, kl)
 
 
 def response_mask(responses: Tensor, pad_token_id: int) -> Tensor:

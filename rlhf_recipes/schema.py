@@ -20,6 +20,11 @@ _TRAINING_ARGUMENTS = [
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
 ]
+_PPO = [
+    *_TRAINING_ARGUMENTS,
+    ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
+    ("rlhf_recipes", "ppo_trainer.py", "PPOConfig"),
+]
 CONFIG_SOURCES = {
     "sft": [
         *_TRAINING_ARGUMENTS,
@@ -27,10 +32,12 @@ CONFIG_SOURCES = {
         ("rlhf_recipes", "configs.py", "SFTConfig"),
     ],
     "reward_training": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": [
+    "ppo": _PPO,
+    "a2c": _PPO,
+    "dpo": [
         *_TRAINING_ARGUMENTS,
-        ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
-        ("rlhf_recipes", "ppo_trainer.py", "PPOConfig"),
+        ("trl", "trainer/dpo_config.py", "DPOConfig"),
+        ("rlhf_recipes", "configs.py", "DPOConfig"),
     ],
 }
 

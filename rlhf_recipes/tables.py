@@ -1,6 +1,8 @@
 """What a stage shows at its end: tables for the terminal and for Markdown."""
 
 import html
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +12,11 @@ from rich.table import Table
 SIDES = ("reference", "policy")
 
 
-def print_samples(rows: list[dict[str, Any]]) -> None:
-    """Prompts with the continuations of reference and policy side by side, each with its reward and gold score."""
-    table = Table("prompt", *SIDES, show_lines=True)
+def print_samples(rows: list[dict[str, Any]], sides: Sequence[str] = SIDES) -> None:
+    """Prompts with the continuations of each of `sides` beside each other, with their rewards and gold scores."""
+    table = Table("prompt", *sides, show_lines=True)
     for row in rows:
-        table.add_row(escape(row["prompt"]), *(escape(_with_scores(row, side)) for side in SIDES))
+        table.add_row(escape(row["prompt"]), *(escape(_with_scores(row, side)) for side in sides))
     Console().print(table)
 
 
@@ -25,6 +27,24 @@ def print_summary(summary: dict[str, Any]) -> None:
     for side in SIDES:
         table.add_row(side, *(f"{summary[side].get(name, 0.0):.3f}" for name in names))
     Console().print(table)
+
+
+def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
+    """A row a policy, mean and 95% interval; then the optimum, flagged where its effective sample size is under `small`."""
+    policies = evaluation["policies"]
+    metrics = list(next(iter(policies.values())))
+    title = f"{evaluation['prompts']} held-out prompts, {evaluation['completions']} completions each, beta {evaluation['beta']}"
+    table = Table("policy", *metrics, title=title, show_lines=True)
+    for name, measured in policies.items():
+        cells = (f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}" for m in (measured[k] for k in metrics))
+        table.add_row(escape(name), *cells)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    optimum = evaluation["optimum"]
+    size = optimum["effective_sample_size"]
+    flag = f": SMALL (under {small}), so J* is probably higher and the fractions lower" if size < small else ""
+    print(
+        f"J* {optimum['objective']:.3f}, from the samples of {optimum['proposal']}; effective sample size {size:.1f} a prompt{flag}"
+    )
 
 
 def markdown_samples(rows: list[dict[str, Any]]) -> str:

@@ -43,7 +43,7 @@ def main(recipe: Recipe) -> dict:
 
     reward = AdapterReward(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer.pad_token_id)
     accuracy = pairwise_accuracy(reward, evaluation, recipe.evaluate.batch_size)
-    run.save_adapter(reward.model)
+    run.save_adapter(reward.model, run.folder / "adapter")
     return run.finish({"train_pairs": len(train), "eval_pairs": len(evaluation), "eval_accuracy": accuracy})
 
 

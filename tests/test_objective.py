@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_recipes.objective import (
-    best_of_n,
+    best_of_n_weights,
     best_of_n_kl,
     bootstrap_interval,
     estimate_optimal_objective,
@@ -90,7 +90,8 @@ def test_optimum_and_frontier_from_samples_agree_with_the_enumeration():
         deviation = beta * size.rsqrt()  # of the estimate, by the delta method
         assert ((estimate - optimal_objective(log_ref, rewards, beta)).abs() < 4 * deviation).all()
         weights = optimal_policy(log_ref, rewards, beta).exp()
-        reward, kl = optimal_frontier_point(drawn, beta)
+        reward, kl, frontier_size = optimal_frontier_point(drawn, beta)
+        assert torch.equal(frontier_size, size)
         exact_kl = (weights * (weights.log() - log_ref)).sum(-1)
         assert (reward - (weights * rewards).sum(-1)).mean().abs() < 0.02
         assert (kl - exact_kl).mean().abs() < 0.02
@@ -103,9 +104,9 @@ def test_best_of_n_is_the_mean_over_all_subsets():
     rewards = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     for n in (1, 2, 5, 7):
         expected = torch.stack([rewards[:, list(s)].amax(1) for s in itertools.combinations(range(7), n)]).mean(0)
-        torch.testing.assert_close(best_of_n(rewards, n), expected)
+        torch.testing.assert_close((best_of_n_weights(rewards, n) * rewards).sum(-1), expected)
     with pytest.raises(ValueError, match="needs at least 8 samples"):
-        best_of_n(rewards, 8)
+        best_of_n_weights(rewards, 8)
 
 
 def test_best_of_n_kl_is_the_kl_of_the_largest_of_n():

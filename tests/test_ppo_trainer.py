@@ -6,18 +6,18 @@ from datasets import Dataset
 
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.ppo_trainer import Advantages, PPOConfig, PPOTrainer, shared_fields
+from rlhf_recipes.ppo_trainer import Advantages, PPOConfig, PPOTrainer, ppo_fields
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
-def build_trainer(tiny, tmp_path, **overrides):
+def build_trainer(tiny, tmp_path, stage="ppo", **overrides):
     recipe = load_recipe(tiny, {key.replace("__", "."): value for key, value in overrides.items()})
     tokenizer = load_tokenizer(recipe)
     prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
-    roles = build_roles(recipe, tokenizer, value=recipe.stages["ppo"].get("value", "trunk"))
-    args = stage_config(PPOConfig, recipe, "ppo", tmp_path, **shared_fields(recipe))
+    roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
+    args = stage_config(PPOConfig, recipe, stage, tmp_path, **ppo_fields(recipe, stage))
     return PPOTrainer(args, roles, prompts)
 
 

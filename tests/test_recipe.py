@@ -72,10 +72,10 @@ def test_make_targets_named_in_the_docs_exist():
 def test_fields_read_from_source_are_the_real_ones():
     import trl
 
-    from rlhf_recipes.configs import SFTConfig
+    from rlhf_recipes.configs import DPOConfig, SFTConfig
     from rlhf_recipes.ppo_trainer import PPOConfig
 
-    real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOConfig}
+    real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOConfig, "a2c": PPOConfig, "dpo": DPOConfig}
     assert set(real) == set(CONFIG_SOURCES)
     for stage, config in real.items():
         names = {f.name for f in dataclasses.fields(config) if f.init}

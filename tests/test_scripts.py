@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     home.mkdir()
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ACCELERATE", "HF_"))}
     done = subprocess.run(
-        ["accelerate", "launch", "scripts/" + stage + ".py", "--recipe", tiny, "--run.output", tmp_path / "outputs",
+        [sys.executable, "-m", "accelerate.commands.launch", "scripts/" + stage + ".py", "--recipe", tiny, "--run.output", tmp_path / "outputs",
          "--run.name", "it", "--run.tracker", "wandb"],
         cwd=ROOT, env=keep | {"HOME": str(home)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip

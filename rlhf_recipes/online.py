@@ -1,0 +1,34 @@
+"""PPO and A2C: the stages that sample from the policy as it learns. They differ in their configuration alone."""
+
+from typing import Any
+
+from rlhf_recipes.callbacks import watch
+from rlhf_recipes.configs import stage_config
+from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+from rlhf_recipes.evaluation import judge_policy
+from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, episodes_per_update, ppo_fields
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.runs import Run
+from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
+
+
+def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Trains the policy of `recipe` by `stage` ("ppo" or "a2c") and judges it on held-out prompts; returns the summary."""
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    longest = recipe.data.max_prompt_tokens
+    prompts = load_dataset(task, "load_prompts", "train")
+    train = tokenize_prompts(prompts, tokenizer, longest, at_least=episodes_per_update(recipe, stage))
+    held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
+
+    roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
+
+    run = Run.prepare(recipe, stage)
+    args = stage_config(PPOConfig, recipe, stage, run.folder, **ppo_fields(recipe, stage))
+    run.start()
+    trainer = PPOTrainer(args, roles, train)
+    watch(trainer, run)
+    trainer.train()
+
+    trainer.save_model()
+    return judge_policy(run, roles, held_out, optional_gold(task))

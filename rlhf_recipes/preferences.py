@@ -1,0 +1,170 @@
+"""Pairs for DPO: two completions of a prompt, the shared reward model's scores, and which of them is chosen.
+
+A pair keeps its token ids. Text that was sampled may tokenise to other ids than were sampled, and DPO's loss is about the
+probabilities of the very tokens.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes.evaluation import Completions, complete
+from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.roles import Reference, Roles
+from rlhf_recipes.runs import Run
+
+FILE = "pairs.jsonl"
+_PROGRESS = "progress.jsonl"  # a line for each finished slice of prompts: what a resumed run need not do again
+_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def sample_pairs(
+    policy: PeftModel | Reference, roles: Roles, prompts: Dataset, run: Run, name: str = FILE, seed: int = 0
+) -> dict[str, Any]:
+    """Samples `preferences.pairs_per_prompt` pairs for each prompt and appends them to `name` in the run's folder.
+
+    The prompts are worked off in slices; slices that `progress.jsonl` says are done are left as they are.
+
+    Args:
+        policy: who is sampled: the policy or the reference of `roles`.
+        prompts: with `prompt` and `input_ids`.
+        seed: of sampling and labels, beside the slice's number.
+
+    Returns:
+        {"prompts", "pairs", "identical", "label_agreement"}: the pairs dropped because both completions were the same, and
+        the share of pairs whose chosen completion has the higher reward.
+    """
+    recipe, section = run.recipe, run.recipe.preferences
+    per_slice = max(1, 4 * section.batch_size // (2 * section.pairs_per_prompt))
+    starts = range(0, len(prompts), per_slice)
+    done = _finished_slices(run.folder / name, run.folder / _PROGRESS, name)
+    bar = tqdm(total=len(prompts), desc=f"pairs from the {'reference' if policy is roles.reference else 'policy'}",
+               unit=" prompts", disable=not run.main)  # fmt: skip
+    for number, start in enumerate(starts):
+        rows = prompts.select(range(start, min(start + per_slice, len(prompts))))
+        if number >= len(done):
+            slice_seed = seed * 100_003 + number
+            judged = complete(policy, roles, rows, recipe, samples=2 * section.pairs_per_prompt, seed=slice_seed,
+                              batch_size=section.batch_size, measure_kl=False)  # fmt: skip
+            pairs, identical = label_pairs(rows, judged, section.label, slice_seed)
+            run.write_lines(name, pairs)
+            agree = sum(p["chosen_reward"] > p["rejected_reward"] for p in pairs)
+            end = (run.folder / name).stat().st_size if run.main else 0
+            done.append({"file": name, "pairs": len(pairs), "identical": identical, "agree": agree, "end": end})
+            run.write_lines(_PROGRESS, done[-1:])
+        bar.update(len(rows))
+    bar.close()
+    PartialState().wait_for_everyone()  # the file is whole before anyone reads it
+    pairs = sum(line["pairs"] for line in done)
+    if pairs == 0:
+        raise RecipeError("both completions of every pair are the same: nothing to learn from; raise `sampling.temperature`")
+    return {
+        "prompts": len(prompts),
+        "pairs": pairs,
+        "identical": sum(line["identical"] for line in done),
+        "label_agreement": sum(line["agree"] for line in done) / pairs,
+    }
+
+
+def _finished_slices(file: Path, progress: Path, name: str) -> list[dict[str, Any]]:
+    """The finished slices of `file`, which is cut back to the last of them: a killed run may have left half a line."""
+    if not progress.is_file():
+        return []
+    lines = []
+    for line in progress.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that was being written
+            break
+    done = [line for line in lines if line["file"] == name]
+    if file.is_file():
+        with file.open("r+b") as stream:
+            stream.truncate(done[-1]["end"] if done else 0)
+    return done
+
+
+def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) -> tuple[list[dict[str, Any]], int]:
+    """Pairs the completions 0 and 1, 2 and 3, ... of each prompt and labels them.
+
+    Args:
+        judged: 2n completions of each prompt.
+        label: "bradley_terry" chooses the first with P = sigmoid(r1 - r2) (Bradley and Terry 1952); "argmax" the better.
+
+    Returns:
+        the pairs, and how many were dropped because both completions have the same tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs, identical = [], 0
+    for i, (prompt, prompt_ids) in enumerate(zip(prompts["prompt"], prompts["input_ids"], strict=True)):
+        for first in range(0, judged.reward.shape[1], 2):
+            r = judged.reward[i, first : first + 2]
+            chance = torch.sigmoid(r[0] - r[1]) if label == "bradley_terry" else (r[0] >= r[1]).float()
+            chosen = first if torch.rand((), generator=generator) < chance else first + 1
+            rejected = 2 * first + 1 - chosen
+            if judged.ids[i][chosen] == judged.ids[i][rejected]:
+                identical += 1
+                continue
+            pairs.append({
+                "prompt": prompt,
+                "chosen": judged.texts[i][chosen],
+                "rejected": judged.texts[i][rejected],
+                "chosen_reward": judged.reward[i, chosen].item(),
+                "rejected_reward": judged.reward[i, rejected].item(),
+                "prompt_ids": prompt_ids,
+                "chosen_ids": judged.ids[i][chosen],
+                "rejected_ids": judged.ids[i][rejected],
+            })  # fmt: skip
+    return pairs, identical
+
+
+def load_pairs(file: Path) -> Dataset:
+    """The token ids of a pairs.jsonl, as DPOTrainer's collator takes them.
+
+    Raises:
+        RecipeError: the file is not what `sample_pairs` writes.
+    """
+    columns: dict[str, list] = {name: [] for name in _ID_COLUMNS}
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                for name in _ID_COLUMNS:
+                    columns[name].append(row[name])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RecipeError(f"{file}: not pairs of scripts/preferences.py ({error!r})") from error
+    if not columns["prompt_ids"]:
+        raise RecipeError(f"{file}: no pairs")
+    return Dataset.from_dict(columns)
+
+
+def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+    """Pairs of texts, as a person made them, to the same token ids; a completion ends with eos and is cut at the limit.
+
+    A completion is tokenised by itself, as a sampled one follows its prompt token by token.
+    """
+    eos, limit = tokenizer.eos_token_id, recipe.data.max_completion_tokens
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        completions = {
+            f"{side}_ids": [
+                (ids + [eos])[:limit] for ids in tokenizer(list(rows[side]), add_special_tokens=False)["input_ids"]
+            ]
+            for side in ("chosen", "rejected")
+        }
+        return {"prompt_ids": tokenizer(list(rows["prompt"]))["input_ids"], **completions}
+
+    tokenized = pairs.map(tokenize, batched=True, remove_columns=pairs.column_names, desc="Tokenizing pairs")
+    longest = recipe.data.max_prompt_tokens
+    kept = tokenized.filter(lambda row: len(row["prompt_ids"]) <= longest and row["chosen_ids"] != row["rejected_ids"])
+    if len(kept) == 0:
+        raise RecipeError(f"none of the {len(pairs)} pairs of load_preferences has a prompt of at most {longest} tokens")
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are identical or longer than data.max_prompt_tokens, left out")
+    return kept

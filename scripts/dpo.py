@@ -1,0 +1,59 @@
+"""Direct preference optimisation of a LoRA policy, with TRL's DPOTrainer.
+
+    accelerate launch scripts/dpo.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+
+Trains on `preferences.path`, on the task's own pairs (`preferences.source: task`), or on pairs that it samples first; with
+`dpo.rounds` above 1 it samples anew from the policy before each further round. Leaves adapter, metrics, samples and summary
+in outputs/<task>/dpo/<run>/.
+"""
+
+from rlhf_recipes.recipe import Recipe, command
+
+
+@command("dpo", __doc__)
+def main(recipe: Recipe) -> dict:
+    # torch and TRL take seconds to import: a mistake in the recipe is answered before that
+    from pathlib import Path
+
+    from rlhf_recipes import preferences
+    from rlhf_recipes.callbacks import watch
+    from rlhf_recipes.configs import DPOConfig, stage_config
+    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
+    from rlhf_recipes.evaluation import judge_policy
+    from rlhf_recipes.roles import build_roles
+    from rlhf_recipes.runs import Run
+    from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
+
+    task, tokenizer, longest = load_task(recipe), load_tokenizer(recipe), recipe.data.max_prompt_tokens
+    prompts, pairs = None, None
+    if recipe.preferences.path is not None:
+        pairs = preferences.load_pairs(Path(recipe.path(recipe.preferences.path)) / preferences.FILE)
+    elif recipe.preferences.source == "task":
+        pairs = preferences.tokenize_preferences(load_dataset(task, "load_preferences", "train"), tokenizer, recipe)
+    if pairs is None or recipe.stages["dpo"].get("rounds", 1) > 1:
+        prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), tokenizer, longest, recipe.preferences.prompts)
+    held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
+
+    roles = build_roles(recipe, tokenizer)
+
+    run = Run.prepare(recipe, "dpo")
+    args = stage_config(DPOConfig, recipe, "dpo", run.folder, **dpo_fields(recipe))
+    run.start()
+    for number in range(args.rounds):
+        if pairs is None:
+            policy, name = (roles.policy.eval(), f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
+            run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
+            preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
+            pairs = preferences.load_pairs(run.folder / name)
+        trainer = DPOTrainer(args, roles, pairs)
+        watch(trainer, run)
+        trainer.train()
+        pairs = None
+
+    run.save_adapter(roles.policy, run.folder)
+    return judge_policy(run, roles, held_out, optional_gold(task))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Judges any policies on the same held-out prompts: reward, gold, KL, J, fraction of the optimum, win rates, length, diversity.
+
+    accelerate launch scripts/evaluate.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+
+By default the reference, best-of-n and the latest run of each policy stage; any others by name:
+
+    --evaluate.policies '[best-of-16, mine=outputs/imdb/ppo/latest, outputs/imdb/dpo/latest]'
+
+Every number has a 95% interval. Writes evaluation.json and samples.jsonl to outputs/<task>/evaluate/<run>/.
+"""
+
+from rlhf_recipes.recipe import Recipe, command
+
+
+@command("evaluate", __doc__)
+def main(recipe: Recipe) -> dict:
+    # torch and TRL take seconds to import: a mistake in the recipe is answered before that
+    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.evaluation import complete, side_by_side
+    from rlhf_recipes.roles import build_roles, judged_policy
+    from rlhf_recipes.runs import Run
+    from rlhf_recipes.tables import print_evaluation, print_samples
+    from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
+    from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE, evaluation_of, policies_to_judge
+
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    section, gold = recipe.evaluate, optional_gold(task)
+    held_out = load_dataset(task, "load_prompts", "eval")
+    prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
+    policies = policies_to_judge(recipe)
+
+    roles = build_roles(recipe, tokenizer)
+
+    run = Run.prepare(recipe, "evaluate")
+    run.start()
+    judged = {
+        "reference": complete(roles.reference, roles, prompts, recipe, gold, "reference", section.reference_completions)
+    }
+    for policy in policies:
+        if policy.folder is not None:
+            with judged_policy(policy.folder, roles, recipe) as model:
+                judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, section.completions)
+
+    evaluation = evaluation_of(judged, policies, recipe)
+    rows = side_by_side(prompts, judged)
+    run.write_json("evaluation.json", evaluation)
+    run.write_lines("samples.jsonl", rows)
+    if run.tracker is not None:
+        run.tracker.table("samples", rows)
+    if run.main:
+        print_samples(rows[: section.samples], list(judged))
+        print_evaluation(evaluation, SMALL_EFFECTIVE_SIZE)
+    return run.finish({"prompts": len(prompts), "policies": [policy.name for policy in policies]})
+
+
+if __name__ == "__main__":
+    main()
