@@ -1,12 +1,12 @@
 """What watches a training: the run's metrics files and wandb, and a progress bar with the numbers that matter."""
 
-import sys
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from rlhf_recipes.runs import Run
+from rlhf_recipes.runtime import progress_bar
 
 
 class RunLogger(TrainerCallback):
@@ -34,8 +34,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            every = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
-            self.bar = tqdm(total=state.max_steps, desc=self.title, mininterval=every, dynamic_ncols=True)
+            self.bar = progress_bar(total=state.max_steps, desc=self.title)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.latest |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}

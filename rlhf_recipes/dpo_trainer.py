@@ -6,11 +6,11 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
-from tqdm import tqdm
 
 from rlhf_recipes.configs import DPOConfig
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.roles import Roles
+from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
 
 
@@ -41,9 +41,9 @@ class DPOTrainer(trl.DPOTrainer):
         TRL's own caches them on disk under a hash of the reference's parameters; ours has none of its own.
         """
         columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
-        title = "log-probabilities of the reference"
+        starts = range(0, len(dataset), batch_size)
         main = self.accelerator.is_main_process
-        for start in tqdm(range(0, len(dataset), batch_size), desc=title, leave=False, disable=not main):
+        for start in progress_bar(starts, show=main, desc="log-probabilities of the reference", leave=False):
             rows = dataset[start : start + batch_size]
             for side in ("chosen", "rejected"):
                 logps = self.reference_logps(rows["prompt_ids"], rows[f"{side}_ids"])

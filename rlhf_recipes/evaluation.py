@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.objective import sequence_kl
@@ -19,6 +18,7 @@ from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import AdapterReward
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
+from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask, sample_completions
 from rlhf_recipes.tables import markdown_samples, print_samples, print_summary
 from rlhf_recipes.tasks import load_dataset
@@ -97,7 +97,7 @@ def complete(
     seed = recipe.run.seed if seed is None else seed
     judged = []
     with torch.random.fork_rng():
-        for at in tqdm(mine, desc=title, leave=False, disable=title is None or not state.is_main_process):
+        for at in progress_bar(mine, show=title is not None and state.is_main_process, desc=title, leave=False):
             torch.manual_seed(seed * 1_000_003 + at)
             judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
     if state.num_processes > 1:
@@ -213,7 +213,7 @@ def pairwise_accuracy(reward: AdapterReward, pairs: Dataset, batch_size: int) ->
 
     correct: dict[str, list[bool]] = {"all": []}
     pairs = pairs.sort("length")
-    for start in tqdm(range(0, len(pairs), batch_size), desc="held-out pairs", leave=False):
+    for start in progress_bar(range(0, len(pairs), batch_size), desc="held-out pairs", leave=False):
         batch = pairs[start : start + batch_size]
         right = (scores(batch["chosen_ids"]) > scores(batch["rejected_ids"])).tolist()
         correct["all"] += right

@@ -79,7 +79,7 @@ class _FrozenHead(torch.autograd.Function):
     """`_statistics` with the gradients of the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float, reference: Tensor | None):
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, reference: Tensor | None):
         weight = head.weight
         log_pi = torch.log_softmax(_logits(head, hidden, temperature), dim=-1)
         pi = log_pi.exp()

@@ -105,6 +105,11 @@ def objective_value(log_pi: Tensor, log_ref: Tensor, rewards: Tensor, beta: floa
     return (log_pi.exp() * (rewards - beta * (log_pi - log_ref))).sum(-1)
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each prompt by enumeration, in nats: [prompts, completions] twice -> [prompts]"""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def optimal_objective(log_ref: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """J* = beta log Z(x) by enumeration; at beta = 0 the best reward. [prompts, completions] twice -> [prompts]"""
     if beta == 0:

@@ -54,9 +54,7 @@ class PPOConfig(trl_ppo.PPOConfig):
     )
     reward_baseline: bool = field(
         default=False,
-        metadata={
-            "help": "V(s) is the reward model's score of the text so far plus what the value function learns beside it."
-        },
+        metadata={"help": "V(s) is the reward model's score of the text so far plus what the value function learns beside it."},
     )
     whiten_advantages: bool = field(default=True, metadata={"help": "Unit variance and zero mean, as TRL always does."})
 

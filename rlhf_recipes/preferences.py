@@ -12,13 +12,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.evaluation import Completions, complete
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
+from rlhf_recipes.runtime import progress_bar
 
 FILE = "pairs.jsonl"
 _PROGRESS = "progress.jsonl"  # a line for each finished slice of prompts: what a resumed run need not do again
@@ -45,8 +45,8 @@ def sample_pairs(
     per_slice = max(1, 4 * section.batch_size // (2 * section.pairs_per_prompt))
     starts = range(0, len(prompts), per_slice)
     done = _finished_slices(run.folder / name, run.folder / _PROGRESS, name)
-    bar = tqdm(total=len(prompts), desc=f"pairs from the {'reference' if policy is roles.reference else 'policy'}",
-               unit=" prompts", disable=not run.main)  # fmt: skip
+    title = f"pairs from the {'reference' if policy is roles.reference else 'policy'}"
+    bar = progress_bar(total=len(prompts), show=run.main, desc=title, unit=" prompts")
     for number, start in enumerate(starts):
         rows = prompts.select(range(start, min(start + per_slice, len(prompts))))
         if number >= len(done):
@@ -153,9 +153,7 @@ def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, rec
 
     def tokenize(rows: dict[str, list]) -> dict[str, list]:
         completions = {
-            f"{side}_ids": [
-                (ids + [eos])[:limit] for ids in tokenizer(list(rows[side]), add_special_tokens=False)["input_ids"]
-            ]
+            f"{side}_ids": [[*ids, eos][:limit] for ids in tokenizer(list(rows[side]), add_special_tokens=False)["input_ids"]]
             for side in ("chosen", "rejected")
         }
         return {"prompt_ids": tokenizer(list(rows["prompt"]))["input_ids"], **completions}

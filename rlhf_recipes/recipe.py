@@ -126,6 +126,7 @@ class EvaluateSection:
     samples: Positive = _key("side-by-side samples in the closing table", 10)
     completions: Positive = _key("completions of each prompt by each policy (scripts/evaluate.py)", 8)
     reference_completions: Positive = _key("of the reference: they also give best-of-n and the estimate of the optimum", 64)
+    exact: bool = _key("scripts/evaluate.py also enumerates every completion: for laboratories like recipes/lab", False)
     policies: list[str] | None = _key(
         "what scripts/evaluate.py judges: `reference`, `best-of-N`, and [NAME=]FOLDER of an adapter or a full model; "
         "default: the reference, best-of-4, 16 and 64, and the latest run of each policy stage",
@@ -168,7 +169,7 @@ OWNER_OF = {
 # Fields of TRL's configs that would be accepted and ignored; better refused with the reason.
 _AT_EOS = "a completion ends at the tokenizer's eos in every stage"
 _COMPUTED = "TRL computes it from the batch sizes and the number of processes"
-_ONE_PASS = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
+_SINGLE_STEP = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
 _ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
 _PPO_REFUSED = {
     "stop_token": _AT_EOS,
@@ -186,8 +187,7 @@ _PPO_REFUSED = {
 }
 REFUSED = {
     "ppo": _PPO_REFUSED,
-    "a2c": _PPO_REFUSED
-    | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value"), _ONE_PASS),
+    "a2c": _PPO_REFUSED | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value"), _SINGLE_STEP),
     "dpo": dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ONE_REFERENCE),
 }
 
@@ -406,7 +406,7 @@ class CommandLine:
 
 
 def parse_command_line(argv: list[str]) -> CommandLine:
-    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value` / `--section.key value`."""
+    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value`, with = or a space."""
     recipe, overrides, flags = DEFAULT_RECIPE, {}, set()
     words = list(argv)
     while words:

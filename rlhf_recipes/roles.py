@@ -175,13 +175,16 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
 
 
 @contextmanager
-def judged_policy(folder: Path, roles: Roles, recipe: Recipe) -> Iterator[PreTrainedModel | PeftModel]:
-    """Another policy beside `roles`, while this lasts: an adapter on the same backbone, or a full model of its own.
+def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator[PreTrainedModel | PeftModel | Reference]:
+    """The policy of `folder`, while this lasts: an adapter on the same backbone, or a full model of its own; without a
+    folder the reference.
 
     Raises:
         RecipeError: the folder holds neither, or what it holds does not fit the backbone and its tokenizer.
     """
-    if (folder / "adapter_config.json").is_file():
+    if folder is None:
+        yield roles.reference
+    elif (folder / "adapter_config.json").is_file():
         try:
             roles.policy.load_adapter(str(folder), adapter_name="judged")
         except (OSError, ValueError, RuntimeError) as error:

@@ -107,9 +107,7 @@ def response_forward(
     hidden = trunk(**model_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
     hidden = hidden[:, context_length - 1 : -1]
     targets = query_responses[:, context_length:]
-    logprobs, entropy, kl = token_statistics(
-        hidden, targets, model.get_output_embeddings(), temperature, reference_hidden
-    )
+    logprobs, entropy, kl = token_statistics(hidden, targets, model.get_output_embeddings(), temperature, reference_hidden)
     return ResponseOutput(logprobs, entropy, hidden, kl)
 
 

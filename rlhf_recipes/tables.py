@@ -39,11 +39,13 @@ def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
         cells = (f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}" for m in (measured[k] for k in metrics))
         table.add_row(escape(name), *cells)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+    for name, measured in evaluation.get("exact", {}).items():
+        print(f"{name} by enumeration: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     optimum = evaluation["optimum"]
     size = optimum["effective_sample_size"]
     flag = f": SMALL (under {small}), so J* is probably higher and the fractions lower" if size < small else ""
     print(
-        f"J* {optimum['objective']:.3f}, from the samples of {optimum['proposal']}; effective sample size {size:.1f} a prompt{flag}"
+        f"J* {optimum['objective']:.3f}, from samples of {optimum['proposal']}; effective sample size {size:.1f} a prompt{flag}"
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
         if best_of := re.fullmatch(r"best-of-(\d+)", word):
             n = int(best_of[1])
             if not 1 <= n <= most:
-                raise RecipeError(f"`evaluate.policies`: {word} needs `evaluate.reference_completions` of at least {n}, not {most}")
+                raise RecipeError(
+                    f"`evaluate.policies`: {word}: `evaluate.reference_completions` is {most}, and N at most that"
+                )
             judged.append(Judged(word, best_of=n))
         elif folder.is_dir():
             run = folder.resolve()
@@ -175,14 +178,12 @@ def measure_best_of_n(reference: Completions, n: int, optimum: Optimum, beta: fl
     return _with_intervals(by_prompt, reference, optimum, sets)
 
 
-def _with_intervals(
-    by_prompt: dict[str, Tensor], reference: Completions, optimum: Optimum, sets: list[list[str]]
-) -> Metrics:
+def _with_intervals(by_prompt: dict[str, Tensor], reference: Completions, optimum: Optimum, sets: list[list[str]]) -> Metrics:
     base = reference.reward.mean(1)
     prompts = len(base)
     metrics = {}
     for name, values in by_prompt.items():
-        low, high = bootstrap_interval(lambda draws, values=values: values[draws].mean(-1), prompts)
+        low, high = bootstrap_interval(partial(_mean_of, values), prompts)
         metrics[name] = {"mean": values.mean().item(), "low": low, "high": high}
 
     def fraction(draws: Tensor) -> Tensor:
@@ -195,6 +196,10 @@ def _with_intervals(
     mean = distinct.mean().item()
     metrics["distinct_2"] = {"mean": mean, "low": mean - error, "high": mean + error}
     return metrics
+
+
+def _mean_of(values: Tensor, draws: Tensor) -> Tensor:
+    return values[draws].mean(-1)
 
 
 def frontiers(judged: dict[str, Completions]) -> dict[str, list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ from rlhf_recipes.recipe import Recipe, command
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.enumeration import enumerate_policy
     from rlhf_recipes.evaluation import complete, side_by_side
     from rlhf_recipes.roles import build_roles, judged_policy
     from rlhf_recipes.runs import Run
@@ -33,15 +34,16 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "evaluate")
     run.start()
-    judged = {
-        "reference": complete(roles.reference, roles, prompts, recipe, gold, "reference", section.reference_completions)
-    }
+    judged, exact = {}, {}
     for policy in policies:
-        if policy.folder is not None:
+        if policy.best_of is None:
+            k = section.completions if policy.folder else section.reference_completions
             with judged_policy(policy.folder, roles, recipe) as model:
-                judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, section.completions)
+                judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
+                if section.exact:
+                    exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)
 
-    evaluation = evaluation_of(judged, policies, recipe)
+    evaluation = evaluation_of(judged, policies, recipe) | ({"exact": exact} if exact else {})
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
     run.write_lines("samples.jsonl", rows)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlhf_recipes.objective import (
-    best_of_n_weights,
     best_of_n_kl,
+    best_of_n_weights,
     bootstrap_interval,
     estimate_optimal_objective,
     fraction_of_optimum,

@@ -107,8 +107,8 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     home.mkdir()
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ACCELERATE", "HF_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "scripts/" + stage + ".py", "--recipe", tiny, "--run.output", tmp_path / "outputs",
-         "--run.name", "it", "--run.tracker", "wandb"],
+        [sys.executable, "-m", "accelerate.commands.launch", f"scripts/{stage}.py", "--recipe", tiny,
+         "--run.output", tmp_path / "outputs", "--run.name", "it", "--run.tracker", "wandb"],
         cwd=ROOT, env=keep | {"HOME": str(home)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
