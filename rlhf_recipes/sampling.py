@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.logprobs import token_statistics
 from rlhf_recipes.roles import Reference, merged_adapters
@@ -23,6 +23,9 @@ def sample_completions(
 ) -> Tensor:
     """Samples one completion a row from softmax(logits / temperature); no top-k, no top-p, no scores kept.
 
+    The same distribution as `model.generate(do_sample=True, top_k=0)`, in less time: the output embedding sees one position
+    a row, and a token costs one random number a row where `torch.multinomial` draws one for every word of the vocabulary.
+
     Args:
         policy: a LoRA policy's adapters are merged meanwhile.
         queries: token ids padded on the left, [batch, context].
@@ -30,23 +33,42 @@ def sample_completions(
     Returns:
         query_responses: [batch, context + max_new_tokens]; after eos, pad.
     """
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    mask = queries != tokenizer.pad_token_id
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    responses = queries.new_full((len(queries), max_new_tokens), pad)
+    mask = queries != pad
+    inputs = model_inputs(queries, pad)
+    ended = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     with _speaking(policy) as model:
-        sequences = model.generate(input_ids=queries.masked_fill(~mask, 0), attention_mask=mask, generation_config=config)
-    responses = sequences[:, queries.shape[1] :]
-    missing = max_new_tokens - responses.shape[1]  # generation stops when every row has ended
-    responses = nn.functional.pad(responses, (0, missing), value=tokenizer.pad_token_id)
+        trunk, head = trunk_and_head(model)
+        cache = DynamicCache(config=trunk.config)
+        for t in range(max_new_tokens):
+            hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            tokens = sample_tokens(head(hidden).float() / temperature).masked_fill(ended, pad)
+            responses[:, t] = tokens
+            ended |= tokens == eos
+            if ended.all():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            inputs = {
+                "input_ids": tokens.unsqueeze(1),
+                "attention_mask": mask,
+                "position_ids": inputs["position_ids"][:, -1:] + 1,
+            }
     return torch.cat([queries, responses], dim=1)
+
+
+def sample_tokens(logits: Tensor) -> Tensor:
+    """One draw a row from softmax(logits), by inverting the distribution function; [batch, vocabulary] -> [batch]"""
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    chance = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * total  # below total
+    return torch.searchsorted(cumulative, chance, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, nn.Module]:
+    """The transformer below the logits, adapters included, and the output embedding."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(model, model.base_model_prefix), model.get_output_embeddings()
 
 
 def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> AbstractContextManager[Any]:
@@ -102,12 +124,11 @@ def response_forward(
     if isinstance(policy, Reference):
         with policy.adapters_off() as backbone:
             return response_forward(backbone, query_responses, context_length, pad_token_id, temperature, reference_hidden)
-    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    trunk = getattr(model, model.base_model_prefix)
+    trunk, head = trunk_and_head(policy)
     hidden = trunk(**model_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
     hidden = hidden[:, context_length - 1 : -1]
     targets = query_responses[:, context_length:]
-    logprobs, entropy, kl = token_statistics(hidden, targets, model.get_output_embeddings(), temperature, reference_hidden)
+    logprobs, entropy, kl = token_statistics(hidden, targets, head, temperature, reference_hidden)
     return ResponseOutput(logprobs, entropy, hidden, kl)
 
 

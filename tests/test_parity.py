@@ -3,6 +3,7 @@
 import copy
 import types
 from dataclasses import fields
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,6 +41,11 @@ class FullReward(nn.Module):
         logits, _, _ = trl_ppo_trainer.get_reward(self.model, input_ids, self.pad, 0)
         last = (torch.arange(input_ids.shape[1]) * (input_ids != self.pad)).amax(1)
         return logits[torch.arange(len(last)), last, 0]
+
+
+def as_generate_does(logits):
+    """`sample_tokens` with the random numbers of transformers' `generate`, so that both loops draw the same tokens."""
+    return torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
 
 
 def classifier(recipe, seed):
@@ -96,7 +102,8 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     )
     trainer = PPOTrainer(PPOConfig(**values), roles, prompts, callbacks=[ours])
     np.random.seed(0)
-    trainer.train()
+    with mock.patch("rlhf_recipes.sampling.sample_tokens", as_generate_does):
+        trainer.train()
 
     assert len(ours.logs) == len(stock.logs) == 4
     assert stock.logs[0]["val/num_eos_tokens"] > 3
