@@ -8,9 +8,15 @@ from typing import Any
 
 import psutil
 
-from rlhf_recipes.recipe import Recipe, RecipeError, section_of
+from rlhf_recipes.recipe import Recipe, RecipeError, nearest, section_of
 
 _CHUNK_TOKENS = 512
+# TRL finds out about others at the first step only
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -20,6 +26,8 @@ def check(recipe: Recipe, stage: str) -> None:
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     if recipe.run.resume is not None and stage != "preferences":
         raise RecipeError(f"--resume: {stage} cannot be resumed; scripts/preferences.py can")
+    if stage == "report":  # loads no weights
+        return
     section = recipe.stages.get(section_of(stage), {})
     if stage == "sft" and section.get("from_scratch"):
         _check_architecture(recipe)
@@ -80,7 +88,14 @@ def _check_dpo(recipe: Recipe) -> None:
             f"`sampling.temperature` {recipe.sampling.temperature}: DPO's loss reads log pi at temperature 1, so its pairs "
             f"must be sampled there"
         )
-    if recipe.preferences.source == "task" and recipe.stages["dpo"].get("rounds", 1) > 1:
+    dpo = recipe.stages["dpo"]
+    for loss in dpo.get("loss_type", []):
+        if loss not in DPO_LOSSES:
+            raise RecipeError(f"`dpo.loss_type`: {loss!r} is none of TRL's losses{nearest(loss, DPO_LOSSES)}")
+    divergence = dpo.get("f_divergence_type", "reverse_kl")
+    if divergence not in F_DIVERGENCES:
+        raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
+    if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
         _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
@@ -113,6 +128,8 @@ def _check_pad(recipe: Recipe) -> None:
 def describe(recipe: Recipe, stage: str) -> str:
     """The resolved recipe and the memory estimate."""
     lines = [f"# {stage} of {recipe.task}", recipe.to_yaml(), f"# memory of {stage}, estimated"]
+    if stage == "report":
+        return "\n".join([*lines, "  little: a report loads no weights"])
     estimate = memory_estimate(recipe, stage)
     if estimate is None:
         lines.append(f"unknown: {recipe.model.path} is not on this machine")

@@ -134,6 +134,13 @@ class EvaluateSection:
     )
 
 
+@dataclass(frozen=True)
+class ReportSection:
+    """The page that scripts/report.py makes."""
+
+    evaluation: str | None = _key("a run's folder of scripts/evaluate.py; default: the latest of the task", None)
+
+
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "lora": LoraSection,
@@ -144,6 +151,7 @@ SECTIONS: dict[str, type] = {
     "run": RunSection,
     "preferences": PreferencesSection,
     "evaluate": EvaluateSection,
+    "report": ReportSection,
 }
 STAGES = tuple(CONFIG_SOURCES)
 
@@ -206,6 +214,7 @@ class Recipe:
     run: RunSection
     preferences: PreferencesSection
     evaluate: EvaluateSection
+    report: ReportSection
     stages: dict[str, dict[str, Any]]
 
     @property
@@ -260,7 +269,7 @@ def _read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def nearest(name: str, names: typing.Iterable[str]) -> str:
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean `{match[0]}`?" if match else ""
 
@@ -330,7 +339,7 @@ def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: st
         raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {values!r}")
     for key in values:
         if key not in known:
-            raise RecipeError(f"{file}: unknown key `{section}.{key}`{_nearest(str(key), known)}")
+            raise RecipeError(f"{file}: unknown key `{section}.{key}`{nearest(str(key), known)}")
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -367,7 +376,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for section in content:
         if section not in _section_names():
             blame = next((o for (s, _), o in origin.items() if s == section), str(file))
-            raise RecipeError(f"{blame}: unknown section `{section}`{_nearest(str(section), _section_names())}")
+            raise RecipeError(f"{blame}: unknown section `{section}`{nearest(str(section), _section_names())}")
 
     def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
         values = {} if content.get(section) is None else content[section]
@@ -418,7 +427,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
             raise RecipeError(f"{word}: expected --recipe, --resume, --dry-run, --help or --section.key=value")
         key, equals, value = word[2:].partition("=")
         if key not in ("recipe", "resume") and "." not in key:
-            near = _nearest(key, ["recipe", "resume", "dry-run", "help"])
+            near = nearest(key, ["recipe", "resume", "dry-run", "help"])
             raise RecipeError(f"--{key}: unknown option{near or '; an override is --section.key=value'}")
         if not equals:
             if words and not words[0].startswith("--"):

@@ -16,6 +16,7 @@ def configure(seed: int) -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a backbone beside the recipe
 
     import datasets
     import torch

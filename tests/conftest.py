@@ -45,10 +45,13 @@ reward: {adapter: checkpoints/reward, read_eos: false}
 objective: {beta: 0.05}
 data: {max_prompt_tokens: 24, max_completion_tokens: 6}
 run: {tracker: none}
-evaluate: {prompts: 8, batch_size: 4, samples: 2}
+evaluate: {prompts: 8, batch_size: 4, samples: 2, completions: 2, reference_completions: 4}
 sft: {from_scratch: true, max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, loss_type: nll,
       logging_steps: 1, max_length: 32}
 reward_training: {max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, logging_steps: 1}
+a2c: {per_device_train_batch_size: 8, total_episodes: 16, learning_rate: 1.0e-3, logging_steps: 1}
+dpo: {per_device_train_batch_size: 8, gradient_checkpointing: false, save_strategy: no, logging_steps: 1, learning_rate: 1.0e-3}
+preferences: {pairs_per_prompt: 1, batch_size: 16}
 ppo: {per_device_train_batch_size: 8, total_episodes: 16, num_ppo_epochs: 2, learning_rate: 1.0e-3, logging_steps: 1}
 """
 

@@ -1,0 +1,177 @@
+"""DPO: the tokens it trains on, its reference, its loss variants."""
+
+import inspect
+import math
+import re
+
+import pytest
+import torch
+import trl
+
+from rlhf_recipes.configs import DPOConfig, stage_config
+from rlhf_recipes.data import tokenize_prompts
+from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
+from rlhf_recipes.evaluation import complete
+from rlhf_recipes.preferences import load_pairs
+from rlhf_recipes.preflight import DPO_LOSSES, F_DIVERGENCES
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.roles import Reference
+from rlhf_recipes.tasks import load_dataset, load_task
+from tests.test_ppo_trainer import build_trainer
+from tests.test_scripts import lines, run
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny, tmp_path_factory):
+    """The folder of a run of scripts/preferences.py."""
+    folder = tmp_path_factory.mktemp("pairs")
+    run("preferences", tiny, folder)
+    return folder / "outputs/tiny/preferences/it"
+
+
+def trainer_on(pairs, tiny, roles, tmp_path, **overrides):
+    recipe = load_recipe(tiny, {f"dpo.{key}": value for key, value in overrides.items()})
+    args = stage_config(DPOConfig, recipe, "dpo", tmp_path, **dpo_fields(recipe))
+    return DPOTrainer(args, roles, load_pairs(pairs / "pairs.jsonl"))
+
+
+def test_the_sampled_tokens_reach_the_loss_unchanged(pairs, tiny, roles, tmp_path):
+    rows = lines(pairs / "pairs.jsonl")
+    texts = [roles.tokenizer(r["prompt"] + r["chosen"])["input_ids"] for r in rows]
+    assert any(ids != r["prompt_ids"] + r["chosen_ids"] for ids, r in zip(texts, rows, strict=True))  # text would not do
+    expected = {
+        (tuple(r["prompt_ids"] + r[f"{side}_ids"]), len(r[f"{side}_ids"])) for r in rows for side in ("chosen", "rejected")
+    }
+    trainer, seen = trainer_on(pairs, tiny, roles, tmp_path), set()
+    for batch in trainer.get_train_dataloader():
+        for ids, mask, completion in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+            seen.add((tuple(ids[mask.bool()].tolist()), int(completion.sum())))
+    assert seen == expected
+
+
+def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tmp_path, monkeypatch, pairs):
+    """The same tokens through each stage's own path; what the reference said is recorded where each asks it."""
+    from rlhf_recipes import dpo_trainer, evaluation, ppo_trainer
+
+    recipe = load_recipe(tiny)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
+    completions = [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0], [5, 5, 5, 2, 0, 0], [9, 10, 11, 12, 13, 14]]
+    width = max(map(len, prompts["input_ids"]))
+    queries = [[0] * (width - len(ids)) + ids for ids in prompts["input_ids"]]
+    sequences = torch.tensor([q + c for q, c in zip(queries, completions, strict=True)])
+
+    said = {}
+
+    def recording(module):
+        original = module.response_forward
+
+        def forward(policy, *args, **kwargs):
+            output = original(policy, *args, **kwargs)
+            if isinstance(policy, Reference):
+                said[module.__name__] = output.logprobs
+            return output
+
+        monkeypatch.setattr(module, "response_forward", forward)
+        if hasattr(module, "sample_completions"):
+            monkeypatch.setattr(module, "sample_completions", lambda *args: sequences)
+
+    for module in (ppo_trainer, dpo_trainer, evaluation):
+        recording(module)
+    ppo = build_trainer(tiny, tmp_path)
+    ppo.rollout(torch.tensor(queries))
+    complete(roles.policy, roles, prompts, recipe)
+    dpo = trainer_on(pairs, tiny, roles, tmp_path)
+    sums = dpo.reference_logps(prompts["input_ids"][:], [[t for t in c if t] for c in completions])
+    a, b, c = said.values()
+    assert a.shape == (4, 6)
+    assert torch.equal(a, b)
+    assert torch.equal(b, c)
+    torch.testing.assert_close(sums, (a * (torch.tensor(completions) != 0)).sum(1))
+
+
+def test_the_loss_at_the_start_is_log_2_and_the_margin_the_papers(pairs, tiny, roles, tmp_path):
+    """Eq. 7 of arXiv 2305.18290 written out, for a policy that has moved (the fixture's)."""
+    trainer = trainer_on(pairs, tiny, roles, tmp_path, per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+    total = 0.0
+    for i in range(4):
+        ratios = []
+        for row in (i, i + 4):
+            ids = batch["input_ids"][row : row + 1, : int(batch["attention_mask"][row].sum())]
+            on = batch["completion_mask"][row, 1 : ids.shape[1]].bool()
+            log_pi, log_ref = (
+                m(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0][on].sum().item()
+                for m in (roles.policy, roles.reference)
+            )
+            ratios.append(log_pi - log_ref)
+        total += math.log1p(math.exp(-0.05 * (ratios[0] - ratios[1]))) / 4
+    assert loss.item() == pytest.approx(total, abs=1e-5)
+    with torch.no_grad():
+        for name, p in roles.policy.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+        assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+VARIANTS = [{"loss_type": [name]} for name in DPO_LOSSES]
+VARIANTS += [{"f_divergence_type": name} for name in F_DIVERGENCES]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: str(next(iter(v.values()))))
+def test_trls_loss_variants_pass_through_the_recipe(variant, pairs, tiny, roles, tmp_path):
+    extra = {"label_smoothing": 1e-3} if variant.get("loss_type") == ["exo_pair"] else {}
+    trainer = trainer_on(pairs, tiny, roles, tmp_path, **variant, **extra, max_steps=2)
+    for key, value in variant.items():
+        assert getattr(trainer.args, key) == value
+    before = {name: p.detach().clone() for name, p in roles.policy.named_parameters() if "lora_B" in name}
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    after = dict(roles.policy.named_parameters())
+    assert all(after[name].isfinite().all() for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before)  # adapters move
+
+
+def test_the_variants_are_all_that_trl_offers():
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(DPO_LOSSES)
+    assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == set(F_DIVERGENCES)
+
+
+def test_the_script_makes_its_pairs_first_and_says_so(tiny, tmp_path, capsys):
+    summary = run("dpo", tiny, tmp_path, "--dpo.rounds=2", "--dpo.max_steps=2")
+    folder = tmp_path / "outputs/tiny/dpo/it"
+    assert "no pairs given: sampling them first" in capsys.readouterr().out
+    assert lines(folder / "pairs.jsonl") != lines(folder / "pairs-2.jsonl")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert [row["step"] for row in lines(folder / "metrics.jsonl") if "rewards/margins" in row] == [1, 2, 3, 4]
+    assert summary["policy"]["kl"] != 0
+
+
+def test_pairs_of_a_run_and_pairs_of_the_task(tiny, tmp_path, pairs):
+    run("dpo", tiny, tmp_path, f"--preferences.path={pairs}", "--dpo.max_steps=2", "--run.name=given")
+    assert not (tmp_path / "outputs/tiny/dpo/given/pairs.jsonl").exists()
+    run("dpo", tiny, tmp_path, "--preferences.source=task", "--dpo.max_steps=2", "--run.name=task")
+    assert (tmp_path / "outputs/tiny/dpo/task/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective.beta=0"], "DPO cannot do without the leash"),
+        (["--sampling.temperature=0.7"], "DPO's loss reads log pi at temperature 1"),
+        (["--preferences.source=task", "--dpo.rounds=2"], "use one of the two"),
+        (["--preferences.path=./nowhere"], "no such folder"),
+        (["--dpo.sync_ref_model=true"], "has no effect here"),
+        (["--dpo.beta=0.3"], "belongs to `objective.beta`"),
+        (["--dpo.loss_type=[sigmoyd]"], "'sigmoyd' is none of TRL's losses; did you mean `sigmoid`?"),
+        (["--dpo.f_divergence_type=js_divergense"], "did you mean `js_divergence`?"),
+    ],
+)
+def test_what_dpo_cannot_do_it_says(words, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("dpo", tiny, tmp_path, *words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
