@@ -6,6 +6,7 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf_recipes.configs import DPOConfig
 from rlhf_recipes.recipe import Recipe
@@ -14,26 +15,54 @@ from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
 
 
+class Collator(DataCollatorForPreference):
+    """TRL's, with the pairs' `label_smoothing`, [pairs]."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        smoothing = torch.tensor([example["label_smoothing"] for example in examples])
+        return super().torch_call(examples) | {"label_smoothing": smoothing}
+
+
 class DPOTrainer(trl.DPOTrainer):
     """Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)).
 
     Args:
         roles: the policy is trained; the reference is the explicit one that PPO and the evaluation use.
-        train_dataset: `prompt_ids`, `chosen_ids`, `rejected_ids`; they reach the collator unchanged.
+        train_dataset: `prompt_ids`, `chosen_ids`, `rejected_ids`, which reach the collator unchanged, and `label_smoothing`:
+            the probability, pair by pair, that the rejected completion is the better one.
     """
+
+    _signature_columns: list[str]
 
     def __init__(self, args: DPOConfig, roles: Roles, train_dataset: Dataset) -> None:
         self.roles = roles
+        self.smoothed = any(train_dataset["label_smoothing"])
         super().__init__(
             model=roles.policy,
             ref_model=roles.reference,
             args=args,
             train_dataset=train_dataset,
             processing_class=roles.tokenizer,
+            data_collator=Collator(roles.tokenizer.pad_token_id, max_length=args.max_length),
         )
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's would tokenise text again
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "label_smoothing"})
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; with p = `label_smoothing` that of both orders: -(1 - p) log sigmoid(z) - p log sigmoid(-z).
+
+        TRL's sigmoid loss knows no smoothing. Its robust loss (arXiv 2403.00409) takes a share e of flipped labels out, by
+        ((1 - e) * -log sigmoid(z) - e * -log sigmoid(-z)) / (1 - 2e); e = -p / (1 - 2p) puts them in.
+        """
+        p = inputs.pop("label_smoothing").clamp(max=0.4999)
+        if self.smoothed:
+            self.loss_types, self.label_smoothing = ["robust"], -p / (1 - 2 * p)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """log pi_ref of every completion, from the same function as PPO's and the evaluation's.

@@ -22,7 +22,7 @@ from rlhf_recipes.runtime import progress_bar
 
 FILE = "pairs.jsonl"
 _PROGRESS = "progress.jsonl"  # a line for each finished slice of prompts: what a resumed run need not do again
-_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "label_smoothing")
 
 
 def sample_pairs(
@@ -95,7 +95,9 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
 
     Args:
         judged: 2n completions of each prompt.
-        label: "bradley_terry" chooses the first with P = sigmoid(r1 - r2) (Bradley and Terry 1952); "argmax" the better.
+        label: "bradley_terry" chooses the first with P = sigmoid(r1 - r2) (Bradley and Terry 1952); "argmax" the better;
+            "expected" the better too, with the probability of the other order as the pair's `label_smoothing`, so that its
+            loss is the mean over Bradley-Terry's draws.
 
     Returns:
         the pairs, and how many were dropped because both completions have the same tokens.
@@ -105,7 +107,8 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
     for i, (prompt, prompt_ids) in enumerate(zip(prompts["prompt"], prompts["input_ids"], strict=True)):
         for first in range(0, judged.reward.shape[1], 2):
             r = judged.reward[i, first : first + 2]
-            chance = torch.sigmoid(r[0] - r[1]) if label == "bradley_terry" else (r[0] >= r[1]).float()
+            first_wins = torch.sigmoid(r[0] - r[1])
+            chance = first_wins if label == "bradley_terry" else (r[0] >= r[1]).float()
             chosen = first if torch.rand((), generator=generator) < chance else first + 1
             rejected = 2 * first + 1 - chosen
             if judged.ids[i][chosen] == judged.ids[i][rejected]:
@@ -118,6 +121,7 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
                 "chosen_reward": judged.reward[i, chosen].item(),
                 "rejected_reward": judged.reward[i, rejected].item(),
                 "prompt_ids": prompt_ids,
+                "label_smoothing": min(first_wins.item(), 1 - first_wins.item()) if label == "expected" else 0.0,
                 "chosen_ids": judged.ids[i][chosen],
                 "rejected_ids": judged.ids[i][rejected],
             })  # fmt: skip
@@ -125,17 +129,17 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
 
 
 def load_pairs(file: Path) -> Dataset:
-    """The token ids of a pairs.jsonl, as DPOTrainer's collator takes them.
+    """The token ids of a pairs.jsonl, as DPOTrainer's collator takes them, and each pair's `label_smoothing`.
 
     Raises:
         RecipeError: the file is not what `sample_pairs` writes.
     """
-    columns: dict[str, list] = {name: [] for name in _ID_COLUMNS}
+    columns: dict[str, list] = {name: [] for name in _COLUMNS}
     try:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
-                for name in _ID_COLUMNS:
+                for name in _COLUMNS:
                     columns[name].append(row[name])
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RecipeError(f"{file}: not pairs of scripts/preferences.py ({error!r})") from error
@@ -156,7 +160,8 @@ def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, rec
             f"{side}_ids": [[*ids, eos][:limit] for ids in tokenizer(list(rows[side]), add_special_tokens=False)["input_ids"]]
             for side in ("chosen", "rejected")
         }
-        return {"prompt_ids": tokenizer(list(rows["prompt"]))["input_ids"], **completions}
+        prompt_ids = tokenizer(list(rows["prompt"]))["input_ids"]
+        return {"prompt_ids": prompt_ids, **completions, "label_smoothing": [0.0] * len(prompt_ids)}
 
     tokenized = pairs.map(tokenize, batched=True, remove_columns=pairs.column_names, desc="Tokenizing pairs")
     longest = recipe.data.max_prompt_tokens

@@ -92,6 +92,8 @@ def _check_dpo(recipe: Recipe) -> None:
     for loss in dpo.get("loss_type", []):
         if loss not in DPO_LOSSES:
             raise RecipeError(f"`dpo.loss_type`: {loss!r} is none of TRL's losses{nearest(loss, DPO_LOSSES)}")
+    if recipe.preferences.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
+        raise RecipeError("`preferences.label` expected is a smoothing of the labels that only `dpo.loss_type` [sigmoid] has")
     divergence = dpo.get("f_divergence_type", "reverse_kl")
     if divergence not in F_DIVERGENCES:
         raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")

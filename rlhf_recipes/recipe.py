@@ -108,8 +108,10 @@ class PreferencesSection:
     source: Literal["sampled", "task"] = _key(
         "`sampled` from the reference and judged by the reward model, or the `task`'s own load_preferences", "sampled"
     )
-    label: Literal["bradley_terry", "argmax"] = _key(
-        "which of two is chosen: drawn with P = sigmoid(r1 - r2), as DPO assumes, or the higher reward", "bradley_terry"
+    label: Literal["bradley_terry", "expected", "argmax"] = _key(
+        "which of two is chosen: drawn with P = sigmoid(r1 - r2), as DPO assumes; `expected`: both orders, weighted by their "
+        "P, the same optimum without the draw's noise; `argmax`: the higher reward, another optimum",
+        "bradley_terry",
     )
     pairs_per_prompt: Positive = _key("pairs sampled for each training prompt", 4)
     prompts: Positive | None = _key("training prompts to use, the first of them; default all", None)

@@ -180,7 +180,7 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
     folder the reference.
 
     Raises:
-        RecipeError: the folder holds neither, or what it holds does not fit the backbone and its tokenizer.
+        RecipeError: what it holds does not fit the backbone and its tokenizer.
     """
     if folder is None:
         yield roles.reference
@@ -196,14 +196,12 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
         finally:
             roles.policy.set_adapter(before)
             roles.policy.delete_adapter("judged")
-    elif (folder / "config.json").is_file():
+    else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.model.dtype), use_safetensors=True)
         theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
         if theirs != ours:
             raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")
         yield model.requires_grad_(False).eval().to(roles.policy.device)
-    else:
-        raise RecipeError(f"{folder}: neither an adapter (adapter_config.json) nor a full model (config.json)")
 
 
 @contextmanager

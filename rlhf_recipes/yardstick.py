@@ -65,6 +65,10 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
             judged.append(Judged(word, best_of=n))
         elif folder.is_dir():
             run = folder.resolve()
+            if not any((run / file).is_file() for file in ("adapter_config.json", "config.json")):
+                raise RecipeError(
+                    f"`evaluate.policies`: {word}: neither an adapter (adapter_config.json) nor a full model in it"
+                )
             judged.append(Judged(name if equals else f"{run.parent.name}/{run.name}", folder=run))
         else:
             raise RecipeError(

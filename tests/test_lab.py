@@ -1,0 +1,128 @@
+"""The laboratory: every estimate against the enumeration, and every trainer against the exact optimum."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+from rlhf_recipes.enumeration import completions_of, enumerate_policy
+from rlhf_recipes.evaluation import complete
+from rlhf_recipes.objective import (
+    estimate_optimal_objective,
+    kl_divergence,
+    objective_value,
+    optimal_frontier_point,
+    optimal_objective,
+    optimal_policy,
+)
+from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.roles import build_roles, judged_policy
+from rlhf_recipes.tasks import load_dataset, load_task
+from tests.test_scripts import run
+
+LAB = Path(__file__).resolve().parent.parent / "recipes" / "lab"
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """Recipe, roles with a policy away from the reference, and the eight prompts."""
+    recipe = load_recipe(LAB)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), tokenizer, 2)
+    roles = build_roles(recipe, tokenizer)
+    for name, p in roles.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(1))
+    return recipe, roles, prompts
+
+
+def test_completions_are_all_and_each_once():
+    rows = {tuple(row) for row in completions_of([5, 6], eos=2, pad=0, length=2).tolist()}
+    assert rows == {(2, 0), (5, 2), (6, 2), (5, 5), (5, 6), (6, 5), (6, 6)}
+    assert len(completions_of(list(range(8)), 10, 11, 3)) == 1 + 8 + 64 + 512
+
+
+def test_the_optimum_leaves_no_gap_and_the_gap_is_beta_times_kl(lab):
+    recipe, roles, prompts = lab
+    exact = enumerate_policy(roles.policy, roles, prompts, recipe)
+    assert torch.allclose(exact.log_pi.exp().sum(-1), torch.ones(8, dtype=torch.float64), atol=1e-5)
+    for beta in (0.3, 1.0):
+        log_star = optimal_policy(exact.log_ref, exact.rewards, beta)
+        gap = optimal_objective(exact.log_ref, exact.rewards, beta) - objective_value(
+            exact.log_pi, exact.log_ref, exact.rewards, beta
+        )
+        torch.testing.assert_close(gap, beta * kl_divergence(exact.log_pi, log_star), atol=1e-4, rtol=1e-4)
+        numbers = exact.exact(beta)
+        assert numbers["optimum"] - numbers["objective"] == pytest.approx(beta * numbers["kl_to_optimum"], abs=1e-4)
+
+
+def test_kl_estimates_agree_with_the_enumeration(lab):
+    recipe, roles, prompts = lab
+    exact = enumerate_policy(roles.policy, roles, prompts, recipe)
+    kl = kl_divergence(exact.log_pi, exact.log_ref).mean().item()
+    assert kl > 0.05
+    judged = complete(roles.policy, roles, prompts, recipe, samples=2000)
+    for estimate in (judged.kl, judged.kl_k3):
+        error = estimate.std().item() / estimate.numel() ** 0.5
+        assert estimate.mean().item() == pytest.approx(kl, abs=4 * error)
+    reward = (exact.log_pi.exp() * exact.rewards).sum(-1).mean().item()
+    assert judged.reward.mean().item() == pytest.approx(
+        reward, abs=4 * judged.reward.std().item() / judged.reward.numel() ** 0.5
+    )
+
+
+@pytest.mark.parametrize("proposal", ["reference", "policy"])
+def test_the_estimated_optimum_and_frontier_agree_with_the_enumeration(lab, proposal):
+    """From the reference's samples, and from another policy's with its log-ratio: the same J* and the same frontier."""
+    recipe, roles, prompts = lab
+    exact = enumerate_policy(roles.policy, roles, prompts, recipe)
+    model = roles.reference if proposal == "reference" else roles.policy
+    judged = complete(model, roles, prompts, recipe, samples=4000)
+    for beta in (0.5, 1.0, 3.0):
+        estimate, size = estimate_optimal_objective(judged.reward, beta, judged.kl)
+        optimum = optimal_objective(exact.log_ref, exact.rewards, beta)
+        assert ((estimate - optimum).abs() < 4 * beta * size.rsqrt()).all()  # the delta method's deviation
+        weights = optimal_policy(exact.log_ref, exact.rewards, beta)
+        reward, kl, _ = optimal_frontier_point(judged.reward, beta, judged.kl)
+        deviation = 4 * exact.rewards.std().item() * size.rsqrt()
+        assert ((reward - (weights.exp() * exact.rewards).sum(-1)).abs() < deviation).all()
+        assert ((kl - kl_divergence(weights, exact.log_ref)).abs() < deviation / beta + 4 * size.rsqrt()).all()
+
+
+def test_what_cannot_be_enumerated_is_refused(tiny, roles, lab):
+    recipe = load_recipe(tiny)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=1)
+    with pytest.raises(RecipeError, match="it is for laboratories"):
+        enumerate_policy(roles.policy, roles, prompts, recipe)
+    with pytest.raises(RecipeError, match="can also sample pad or bos"):
+        enumerate_policy(roles.policy, roles, prompts, load_recipe(tiny, {"data.max_completion_tokens": 1}))
+
+
+def test_the_checkpoints_are_what_make_py_makes(tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("lab_make", LAB / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path)
+    for part in ("backbone/model.safetensors", "reward/adapter_model.safetensors", "backbone/tokenizer.json"):
+        assert (tmp_path / part).read_bytes() == (LAB / "checkpoints" / part).read_bytes(), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("stage", ["ppo", "a2c", "dpo"])
+def test_every_trainer_reaches_the_optimum(stage, beta, lab, tmp_path):
+    """Exact KL(pi || pi*) at least 20 times smaller than the reference's, J at least 0.97 of the way to J*."""
+    _, _, prompts = lab
+    run(stage, LAB, tmp_path, f"--objective.beta={beta}")
+    recipe = load_recipe(LAB, {"objective.beta": beta})
+    roles = build_roles(recipe, load_tokenizer(recipe))
+    with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe) as policy:
+        trained = enumerate_policy(policy, roles, prompts, recipe).exact(beta)
+    start = enumerate_policy(roles.reference, roles, prompts, recipe).exact(beta)
+    print(json.dumps({"stage": stage, "beta": beta, "reference": start, "trained": trained}))
+    assert start["kl_to_optimum"] / trained["kl_to_optimum"] >= 20
+    assert trained["fraction_of_optimum"] >= 0.97
