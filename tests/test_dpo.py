@@ -175,3 +175,29 @@ def test_what_dpo_cannot_do_it_says(words, message, tiny, tmp_path, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_expected_labels_are_the_mean_over_bradley_terrys_draws(pairs, tiny, roles, tmp_path):
+    trainer = trainer_on(pairs, tiny, roles, tmp_path, per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    swapped = {key: torch.cat(value.chunk(2)[::-1]) for key, value in batch.items() if key in COMPLETIONS}
+    p = torch.tensor([0.0, 0.1, 0.3, 0.45])
+
+    def losses(chosen_first, smoothing):
+        """One by one: the loss of each pair."""
+        given = {**batch, **({} if chosen_first else swapped), "label_smoothing": smoothing}
+        if not chosen_first:
+            given |= {"ref_chosen_logps": batch["ref_rejected_logps"], "ref_rejected_logps": batch["ref_chosen_logps"]}
+        one_by_one = []
+        for i in range(4):
+            rows = {k: v[[i, i + 4]] if k in COMPLETIONS else v[i : i + 1] for k, v in given.items()}
+            one_by_one.append(trainer.compute_loss(trainer.model, rows).item())
+        return torch.tensor(one_by_one)
+
+    with torch.no_grad():
+        plain, flipped = losses(True, torch.zeros(4)), losses(False, torch.zeros(4))
+        trainer.smoothed = True
+        torch.testing.assert_close(losses(True, p), (1 - p) * plain + p * flipped, atol=1e-5, rtol=1e-4)
+
+
+COMPLETIONS = ("input_ids", "attention_mask", "completion_mask")  # chosen above rejected, [2 * pairs, tokens]

@@ -108,3 +108,12 @@ def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):
     assert kept[0]["prompt_ids"] == tokenizer("film")["input_ids"]
     assert kept[0]["chosen_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(kept[0]["chosen_ids"], skip_special_tokens=True) == " great"
+
+
+def test_expected_labels_choose_the_better_and_say_how_likely_it_is_not():
+    pairs, _ = label_pairs(prompts(1), judged([[0.0, 1.0, 2.0, 2.0]]), "expected", seed=0)
+    assert [p["chosen_reward"] for p in pairs] == [1.0, 2.0]
+    assert pairs[0]["label_smoothing"] == pytest.approx(1 / (1 + 2.718281828))
+    assert pairs[1]["label_smoothing"] == 0.5
+    drawn, _ = label_pairs(prompts(1), judged([[0.0, 1.0]]), "bradley_terry", seed=0)
+    assert drawn[0]["label_smoothing"] == 0

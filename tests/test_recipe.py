@@ -180,7 +180,7 @@ def test_broken_yaml(text, message, tmp_path):
         (["--lora.r=0"], "--lora.r: `lora.r`: expected int > 0, got 0"),
         (["--model.path", "checkpoints/nowhere"], "no such folder"),
         (["--data.max_completion_tokens", "4000"], "exceed the 512 tokens"),
-        (["--ppo.num_mini_batches", "7"], "does not divide the 64 episodes"),
+        (["--ppo.num_mini_batches", "7"], "does not divide the 128 episodes"),
     ],
 )
 def test_a_users_mistake_is_one_line_exit_code_2_and_nothing_written(argv, message, tmp_path, monkeypatch, capsys):

@@ -100,7 +100,18 @@ def test_a_run_is_never_overwritten(stage, tiny, tmp_path, capsys):
     assert (tmp_path / f"outputs/tiny/{stage}/it/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+RECORDED = {  # stage -> what its wandb run holds, beside its summary
+    "sft": ["loss", "eval_perplexity"],
+    "reward": ["loss", "eval_accuracy"],
+    "preferences": ["label_agreement"],
+    "ppo": ["objective/kl", "eval/objective", "samples"],
+    "a2c": ["objective/kl", "eval/objective", "samples"],
+    "dpo": ["rewards/margins", "eval/objective", "samples"],
+    "evaluate": ["samples"],
+}
+
+
+@pytest.mark.parametrize("stage", RECORDED)
 def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     """A home without any login or accelerate config, standard input closed: no question, exit code 0, an offline run."""
     home = tmp_path / "home"
@@ -118,6 +129,5 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     assert (folder / "summary.json").is_file()
     [log] = folder.glob("wandb/offline-run-*/run-*.wandb")
     recorded = log.read_bytes()
-    for word in (b"objective/kl", b"samples") if stage == "ppo" else (b"loss",):
-        assert word in recorded
-    assert {b"ppo": b"objective/kl"}.get(stage.encode(), b"loss") in recorded
+    for word in RECORDED[stage]:
+        assert word.encode() in recorded, word
