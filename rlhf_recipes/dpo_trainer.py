@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf_recipes.configs import DPOConfig
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
@@ -37,6 +37,8 @@ class DPOTrainer(trl.DPOTrainer):
     def __init__(self, args: DPOConfig, roles: Roles, train_dataset: Dataset) -> None:
         self.roles = roles
         self.smoothed = any(train_dataset["label_smoothing"])
+        if self.smoothed and args.loss_type != ["sigmoid"]:
+            raise RecipeError("these pairs carry `preferences.label` expected, which only `dpo.loss_type` [sigmoid] can use")
         super().__init__(
             model=roles.policy,
             ref_model=roles.reference,

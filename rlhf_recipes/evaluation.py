@@ -150,6 +150,7 @@ def _judge_batch(
 def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:
     """Ends a policy stage: held-out completions of reference and policy, a table, samples.jsonl and summary.json."""
     recipe, beta = run.recipe, run.recipe.objective.beta
+    roles.policy.eval()
     sides = {"reference": roles.reference, "policy": roles.policy}
     judged = {
         name: complete(model, roles, prompts, recipe, gold, f"{name} on held-out prompts") for name, model in sides.items()

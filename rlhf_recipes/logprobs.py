@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**21  # of logits at a time, 8 MB in float32: about what a core's cache holds
+CHUNK_ELEMENTS = 2**21  # of logits at a time, 8 MB in float32: about what a CPU core's cache holds
+CHUNKS_ON_GPU = 64  # times that: each chunk reads the whole output embedding, from a memory that caches little of it
 
 
 def token_statistics(
@@ -35,7 +36,8 @@ def token_statistics(
     reference = None if reference_hidden is None else reference_hidden.flatten(0, -2)
     weight = getattr(head, "weight", None)
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-    rows = max(1, CHUNK_ELEMENTS // (weight.shape[0] if weight is not None else 2**15))
+    elements = CHUNK_ELEMENTS * (1 if hidden.device.type == "cpu" else CHUNKS_ON_GPU)
+    rows = max(1, elements // (weight.shape[0] if weight is not None else 2**15))
     parts = []
     for at in range(0, len(flat), rows):
         h, y = flat[at : at + rows], targets.flatten()[at : at + rows]
@@ -85,7 +87,9 @@ class _FrozenHead(torch.autograd.Function):
         pi = log_pi.exp()
         entropy = -(pi * log_pi).sum(-1)
         logprobs = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        logprob_slope = (weight[targets] - pi.to(weight.dtype) @ weight).float() / temperature
+        spread = pi.neg()  # one-hot less pi, formed in float32: at a confident token the two nearly cancel
+        spread[torch.arange(len(targets), device=targets.device), targets] += 1
+        logprob_slope = (spread.to(weight.dtype) @ weight).float() / temperature
         if reference is None:
             ctx.save_for_backward(logprob_slope)
             kl = None

@@ -17,6 +17,10 @@ DPO_LOSSES = (
     "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+_COUNTS = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
+    "local_rollout_forward_batch_size", "rounds",
+}  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,6 +30,10 @@ def check(recipe: Recipe, stage: str) -> None:
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     if recipe.run.resume is not None and stage != "preferences":
         raise RecipeError(f"--resume: {stage} cannot be resumed; scripts/preferences.py can")
+    if recipe.run.name == "latest":
+        raise RecipeError("`run.name` latest: the link to the newest run has this name; choose another")
+    if recipe.evaluate.exact and recipe.objective.beta == 0 and stage == "evaluate":
+        raise RecipeError("`evaluate.exact` divides by `objective.beta`, which is 0")
     if stage == "report":  # loads no weights
         return
     section = recipe.stages.get(section_of(stage), {})
@@ -36,8 +44,11 @@ def check(recipe: Recipe, stage: str) -> None:
     if stage not in ("sft", "reward"):
         _check_folder(recipe, "reward.adapter", recipe.reward.adapter, "adapter_config.json")
         _check_lengths(recipe)
+    for key in _COUNTS & section.keys():
+        if section[key] is not None and section[key] < 1:
+            raise RecipeError(f"`{section_of(stage)}.{key}`: expected at least 1, got {section[key]}")
     if stage in ("ppo", "a2c"):
-        _check_batches(stage, section)
+        _check_online(stage, section)
     if stage == "dpo":
         _check_dpo(recipe)
     _check_pad(recipe)
@@ -92,8 +103,12 @@ def _check_dpo(recipe: Recipe) -> None:
     for loss in dpo.get("loss_type", []):
         if loss not in DPO_LOSSES:
             raise RecipeError(f"`dpo.loss_type`: {loss!r} is none of TRL's losses{nearest(loss, DPO_LOSSES)}")
-    if recipe.preferences.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
+    pairs = recipe.preferences
+    to_be_made = pairs.source == "sampled" and pairs.path is None
+    if to_be_made and pairs.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
         raise RecipeError("`preferences.label` expected is a smoothing of the labels that only `dpo.loss_type` [sigmoid] has")
+    if "exo_pair" in dpo.get("loss_type", []) and not dpo.get("label_smoothing"):
+        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
     divergence = dpo.get("f_divergence_type", "reverse_kl")
     if divergence not in F_DIVERGENCES:
         raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
@@ -103,7 +118,7 @@ def _check_dpo(recipe: Recipe) -> None:
         _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
 
 
-def _check_batches(stage: str, section: dict[str, Any]) -> None:
+def _check_online(stage: str, section: dict[str, Any]) -> None:
     per_device = section.get("per_device_train_batch_size", 8)
     local = per_device * section.get("gradient_accumulation_steps", 1)
     minibatches = section.get("num_mini_batches", 1)
@@ -112,6 +127,14 @@ def _check_batches(stage: str, section: dict[str, Any]) -> None:
             f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
+    if section.get("whiten_rewards"):
+        if local // minibatches < 8:
+            raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
+        for key in ("full_kl", "reward_baseline"):
+            if section.get(key):
+                raise RecipeError(
+                    f"`{stage}.{key}` is in units of the reward, which `{stage}.whiten_rewards` changes; drop one"
+                )
 
 
 def _check_pad(recipe: Recipe) -> None:

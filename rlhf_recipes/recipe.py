@@ -181,6 +181,14 @@ _AT_EOS = "a completion ends at the tokenizer's eos in every stage"
 _COMPUTED = "TRL computes it from the batch sizes and the number of processes"
 _SINGLE_STEP = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
 _ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
+_NOT_READ = "PPO's loop does not read it"
+PPO_READS = frozenset((
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
+    "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "cliprange", "vf_coef", "cliprange_value",
+    "gamma", "lam", "ds3_gather_for_generation", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages",
+))  # fmt: skip
 _PPO_REFUSED = {
     "stop_token": _AT_EOS,
     "stop_token_id": _AT_EOS,
@@ -325,13 +333,19 @@ def _build_section(name: str, values: Any, file: str) -> Any:
     return cls(**given)
 
 
+def refused_keys(stage: str) -> dict[str, str]:
+    """TRL's fields that the stage would accept and ignore, with the reason."""
+    unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
+    return unread | REFUSED.get(stage, {})
+
+
 def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
     fields = stage_fields(name)
     for key in values if isinstance(values, dict) else ():
         if key in OWNER_OF and key in fields:
             raise RecipeError(f"{file}: `{name}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there")
-        if key in REFUSED.get(name, {}):
-            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {REFUSED[name][key]}; leave it out")
+        if key in refused_keys(name):
+            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {refused_keys(name)[key]}; leave it out")
     _check_keys(name, values, fields, file)
     return {key: _coerce(value, fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
 
@@ -467,7 +481,7 @@ def help_text(stage: str, doc: str) -> str:
     section = section_of(stage)
     if section in CONFIG_SOURCES:
         lines += ["", f"keys of `{section}`, TRL's own names (default):"]
-        unusable = OWNER_OF.keys() | REFUSED.get(section, {}).keys()
+        unusable = OWNER_OF.keys() | refused_keys(section).keys()
         own = {k: v for k, v in stage_fields(section).items() if k not in unusable}
         lines += [f"  --{section}.{key} ({f.default})" for key, f in own.items()]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -98,7 +98,22 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise RecipeError(f"`model.path` {recipe.model.path}: cannot be loaded: {error}") from error
     model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
-    return model.requires_grad_(False)
+    # moved before anything shares its weights: a later move to the same device changes nothing, another would copy them
+    model = model.requires_grad_(False).eval().to(PartialState().device)
+    _check_head(model, recipe)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Log-probabilities are computed as softmax(head(trunk)): refused where the model does more, as Gemma's soft cap does."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    hidden = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, atol=1e-3, rtol=1e-2):
+        raise RecipeError(
+            f"`model.path` {recipe.model.path}: {type(model).__name__} changes its logits after the output embedding "
+            f"(final_logit_softcapping, logit_scale or the like), which the policy stages do not follow; use another backbone"
+        )
 
 
 def build_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -133,7 +148,7 @@ def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
     trunk = getattr(backbone, backbone.base_model_prefix)
     getattr(classifier, classifier.base_model_prefix).load_state_dict(trunk.state_dict(), assign=True)
     classifier.name_or_path = backbone.name_or_path
-    classifier.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32)
+    classifier.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32, device=backbone.device)
     return classifier.requires_grad_(False)
 
 

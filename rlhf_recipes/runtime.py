@@ -30,7 +30,12 @@ def configure(seed: int) -> None:
     logging.set_verbosity_error()
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(max(1, _cores() // processes))
+
+
+def _cores() -> int:
+    """Those this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def progress_bar(iterable: Any = None, show: bool = True, **kwargs: Any) -> tqdm:

@@ -1,6 +1,7 @@
 """Sampling completions and reading their log-probabilities: one way for training and evaluation alike."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,25 @@ def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, nn.Module]:
     return getattr(model, model.base_model_prefix), model.get_output_embeddings()
 
 
-def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> AbstractContextManager[Any]:
-    """Gives the model to generate with."""
+@contextmanager
+def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> Iterator[Any]:
+    """Gives the model to generate with, in evaluation mode: gradient checkpointing would switch its cache off.
+
+    Adapters are merged in float32 only; a half-precision W swallows a small BA.
+    """
     if isinstance(policy, Reference):
-        return policy.adapters_off()
-    if isinstance(policy, PeftModel):
-        return merged_adapters(policy)
-    return nullcontext(policy)
+        weights: AbstractContextManager = policy.adapters_off()
+    elif isinstance(policy, PeftModel) and policy.dtype == torch.float32:
+        weights = merged_adapters(policy)
+    else:
+        weights = nullcontext(policy)
+    with weights as model:
+        training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
 
 
 @dataclass

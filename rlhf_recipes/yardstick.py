@@ -47,9 +47,12 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
     most = recipe.evaluate.reference_completions
     words = recipe.evaluate.policies
     if words is None:
-        latest = [Path(recipe.run.output) / recipe.task / stage / "latest" for stage in ("ppo", "a2c", "dpo")]
         words = [f"best-of-{n}" for n in (4, 16, 64) if n <= most]
-        words += [f"{folder.parent.name}={folder}" for folder in latest if (folder / "adapter_config.json").is_file()]
+        for stage in ("ppo", "a2c", "dpo"):
+            # `latest` also links to runs that go on or failed
+            finished = (Path(recipe.run.output) / recipe.task / stage).glob("*/summary.json")
+            newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
+            words += [] if newest is None else [f"{stage}={newest.parent}"]
     judged = [Judged("reference")]
     for word in words:
         name, equals, path = word.rpartition("=")
@@ -160,7 +163,8 @@ def measure(policy: Completions, reference: Completions, optimum: Optimum, beta:
 def measure_best_of_n(reference: Completions, n: int, optimum: Optimum, beta: float) -> Metrics:
     """The same metrics for best-of-n by the reward, exactly over all n-subsets of the reference's samples.
 
-    Its KL is the closed form log n - (n - 1) / n, for both estimators.
+    Its KL is the closed form log n - (n - 1) / n, for both estimators. Its opponents in a win are the same samples, itself
+    among them, so a win rate of n / (n + 1) reads up to 1 / (2K) higher with K samples.
     """
     weights = best_of_n_weights(reference.reward, n)
     kl = torch.full((len(weights),), best_of_n_kl(n))

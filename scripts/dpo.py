@@ -42,7 +42,7 @@ def main(recipe: Recipe) -> dict:
     run.start()
     for number in range(args.rounds):
         if pairs is None:
-            policy, name = (roles.policy.eval(), f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
+            policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
             run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
             pairs = preferences.load_pairs(run.folder / name)

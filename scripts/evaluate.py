@@ -31,6 +31,9 @@ def main(recipe: Recipe) -> dict:
     policies = policies_to_judge(recipe)
 
     roles = build_roles(recipe, tokenizer)
+    for policy in policies:
+        with judged_policy(policy.folder, roles, recipe):
+            pass  # one that does not fit is refused before anything is written
 
     run = Run.prepare(recipe, "evaluate")
     run.start()

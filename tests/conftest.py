@@ -49,10 +49,10 @@ evaluate: {prompts: 8, batch_size: 4, samples: 2, completions: 2, reference_comp
 sft: {from_scratch: true, max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, loss_type: nll,
       logging_steps: 1, max_length: 32}
 reward_training: {max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, logging_steps: 1}
-a2c: {per_device_train_batch_size: 8, total_episodes: 16, learning_rate: 1.0e-3, logging_steps: 1}
+a2c: {per_device_train_batch_size: 8, total_episodes: 16, learning_rate: 1.0e-3}
 dpo: {per_device_train_batch_size: 8, gradient_checkpointing: false, save_strategy: no, logging_steps: 1, learning_rate: 1.0e-3}
 preferences: {pairs_per_prompt: 1, batch_size: 16}
-ppo: {per_device_train_batch_size: 8, total_episodes: 16, num_ppo_epochs: 2, learning_rate: 1.0e-3, logging_steps: 1}
+ppo: {per_device_train_batch_size: 8, total_episodes: 16, num_ppo_epochs: 2, learning_rate: 1.0e-3}
 """
 
 

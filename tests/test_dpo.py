@@ -149,6 +149,14 @@ def test_the_script_makes_its_pairs_first_and_says_so(tiny, tmp_path, capsys):
     assert summary["policy"]["kl"] != 0
 
 
+def test_pairs_with_expected_labels_refuse_other_losses(tiny, tmp_path, capsys):
+    run("preferences", tiny, tmp_path, "--preferences.label=expected")
+    with pytest.raises(SystemExit) as stop:
+        run("dpo", tiny, tmp_path, f"--preferences.path={tmp_path}/outputs/tiny/preferences/it", "--dpo.loss_type=[ipo]")
+    assert stop.value.code == 2
+    assert "only `dpo.loss_type` [sigmoid] can use" in capsys.readouterr().err
+
+
 def test_pairs_of_a_run_and_pairs_of_the_task(tiny, tmp_path, pairs):
     run("dpo", tiny, tmp_path, f"--preferences.path={pairs}", "--dpo.max_steps=2", "--run.name=given")
     assert not (tmp_path / "outputs/tiny/dpo/given/pairs.jsonl").exists()
@@ -163,6 +171,9 @@ def test_pairs_of_a_run_and_pairs_of_the_task(tiny, tmp_path, pairs):
         (["--sampling.temperature=0.7"], "DPO's loss reads log pi at temperature 1"),
         (["--preferences.source=task", "--dpo.rounds=2"], "use one of the two"),
         (["--preferences.path=./nowhere"], "no such folder"),
+        (["--dpo.rounds=0"], "`dpo.rounds`: expected at least 1"),
+        (["--dpo.loss_type=[exo_pair]"], "needs a `dpo.label_smoothing` above 0"),
+        (["--preferences.label=expected", "--dpo.loss_type=[ipo]"], "only `dpo.loss_type` [sigmoid] has"),
         (["--dpo.sync_ref_model=true"], "has no effect here"),
         (["--dpo.beta=0.3"], "belongs to `objective.beta`"),
         (["--dpo.loss_type=[sigmoyd]"], "'sigmoyd' is none of TRL's losses; did you mean `sigmoid`?"),

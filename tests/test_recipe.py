@@ -181,6 +181,10 @@ def test_broken_yaml(text, message, tmp_path):
         (["--model.path", "checkpoints/nowhere"], "no such folder"),
         (["--data.max_completion_tokens", "4000"], "exceed the 512 tokens"),
         (["--ppo.num_mini_batches", "7"], "does not divide the 128 episodes"),
+        (["--ppo.num_mini_batches=0"], "`ppo.num_mini_batches`: expected at least 1, got 0"),
+        (["--ppo.max_steps=2"], "`ppo.max_steps` has no effect here: PPO's loop does not read it"),
+        (["--ppo.whiten_rewards=true"], "`ppo.full_kl` is in units of the reward"),
+        (["--run.name=latest"], "the link to the newest run has this name"),
     ],
 )
 def test_a_users_mistake_is_one_line_exit_code_2_and_nothing_written(argv, message, tmp_path, monkeypatch, capsys):

@@ -164,3 +164,45 @@ def test_samples_follow_the_model(tiny, roles):
     seen = torch.bincount(tokens, minlength=len(exact)) / len(tokens)
     expected_gap = (exact * (1 - exact) / len(tokens)).sqrt().sum() * 0.8 / 2  # E|binomial - mean| is 0.8 deviations
     assert 0.5 * (seen - exact).abs().sum() < 1.3 * expected_gap
+
+
+def test_gradient_checkpointing_does_not_change_what_is_sampled(roles):
+    """transformers drops the cache of a training model with checkpointing: every token would see only itself."""
+    queries = batch(roles.tokenizer)
+
+    def sampled():
+        torch.manual_seed(0)
+        return sample_completions(roles.policy, queries, roles.tokenizer, 8, temperature=1.0)
+
+    expected = sampled()
+    roles.policy.train()
+    roles.policy.gradient_checkpointing_enable()
+    assert torch.equal(sampled(), expected)
+    assert roles.policy.training
+
+
+def test_half_precision_policies_are_sampled_unmerged(tiny):
+    """W + BA rounded to bfloat16 loses a small BA, so W stays as it is while the policy speaks."""
+    recipe = load_recipe(tiny, {"model.dtype": "bfloat16"})
+    roles = build_roles(recipe, load_tokenizer(recipe))
+    layers = [m for m in roles.policy.modules() if isinstance(m, LoraLayer)]
+    assert all(p.dtype == torch.float32 for m in layers for n, p in m.named_parameters() if "lora_" in n)
+    pointers = []
+    layers[0].register_forward_hook(lambda module, args, output: pointers.append(module.get_base_layer().weight.data_ptr()))
+    sample_completions(roles.policy, batch(roles.tokenizer), roles.tokenizer, 3, temperature=1.0)
+    assert set(pointers) == {layers[0].get_base_layer().weight.data_ptr()}
+
+
+def test_a_backbone_that_caps_its_logits_is_refused(tiny, tmp_path):
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny, tmp_path / "capped")
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, initializer_range=3.0, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "capped/checkpoints/backbone")
+    with pytest.raises(RecipeError, match="changes its logits after the output embedding"):
+        load_backbone(load_recipe(tmp_path / "capped"))
