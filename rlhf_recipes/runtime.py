@@ -20,9 +20,11 @@ def configure(seed: int) -> None:
 
     import datasets
     import torch
+    from accelerate import PartialState
     from transformers import set_seed
     from transformers.utils import logging
 
+    PartialState(cpu=not torch.cuda.is_available())  # before anyone asks: it finds the other processes only if told of CPUs
     set_seed(seed)
 
     logging.disable_progress_bar()
