@@ -40,6 +40,25 @@ def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
     assert loss.item() == pytest.approx(0.05 * rollout.kl.sum().item() / 8, rel=1e-4)
 
 
+def test_the_reward_of_the_text_so_far_is_part_of_the_value(tiny, tmp_path):
+    """V(s) = r(text so far) + head: in the rollout, where V starts as the prefix's score, and in the loss alike."""
+    trainer = build_trainer(tiny, tmp_path, ppo__reward_baseline=True, ppo__whiten_advantages=False, ppo__lam=0.0)
+    query = trainer.processing_class("the film")["input_ids"]
+    rollout = rollout_of(trainer, query, [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
+    reward = trainer.roles.reward
+    for row, length in ((0, 6), (1, 3)):  # the second has a state after its eos, worth its score
+        for t in range(length):
+            prefix = rollout.query_responses[row : row + 1, : len(query) + t]
+            torch.testing.assert_close(rollout.values[row, t], reward(prefix)[0], atol=1e-5, rtol=1e-4)
+    advantages = trainer.advantages(rollout, trainer.rewards(rollout))
+    _, stats = trainer.loss(rollout, advantages, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    returns = (advantages.returns - rollout.values)[rollout.value_mask]
+    assert stats["loss/value_avg"].item() == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-4)
+    # lambda 0: a token is worth what it adds to the score (no KL yet at the start), and the steps add up to r - r(prompt)
+    steps = advantages.advantages[0].sum()
+    torch.testing.assert_close(steps, rollout.scores[0] - rollout.values[0, 0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("value", ["trunk", "adapter"])
 def test_training_moves_policy_and_value_and_nothing_else(tiny, tmp_path, value):
     trainer = build_trainer(tiny, tmp_path, ppo__value=value)

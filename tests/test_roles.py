@@ -100,6 +100,15 @@ def test_reward_does_not_depend_on_padding_side_or_amount(roles):
             torch.testing.assert_close(roles.reward(padded), plain, atol=1e-6, rtol=1e-5)
 
 
+def test_prefix_scores_are_the_rewards_of_the_prefixes(roles):
+    pad, eos = roles.tokenizer.pad_token_id, roles.tokenizer.eos_token_id
+    ids = [pad, pad, *roles.tokenizer("the film was great")["input_ids"], eos, pad]
+    scores = roles.reward.prefix_scores(torch.tensor([ids]))[0]
+    for end in range(3, len(ids) + 1):  # eos and the pads after it change nothing: this reward model does not read eos
+        torch.testing.assert_close(scores[end - 1], roles.reward(torch.tensor([ids[:end]]))[0], atol=1e-6, rtol=1e-5)
+    assert scores[2:-2].unique().numel() == len(ids) - 4
+
+
 def test_reward_ignores_eos_unless_it_was_trained_to_read_it(tiny, roles):
     ids = roles.tokenizer("the film was great")["input_ids"]
     ended = torch.tensor([[*ids, roles.tokenizer.eos_token_id]])
