@@ -61,20 +61,24 @@ def _statistics(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One chunk, plainly: hidden [tokens, hidden] -> log pi(target), entropy, KL, each [tokens]."""
-    log_pi = torch.log_softmax(_logits(head, hidden, temperature), dim=-1)
-    pi = log_pi.exp()
-    entropy = -(pi * log_pi).sum(-1)
-    logprobs = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_pi, pi, logprobs, entropy = _distribution(head, hidden, targets, temperature)
     if reference is None:
         return logprobs, entropy, None
     with torch.no_grad():
-        log_ref = torch.log_softmax(_logits(head, reference, temperature), dim=-1)
+        log_ref = _log_softmax(head, reference, temperature)
     return logprobs, entropy, (pi * (log_pi - log_ref)).sum(-1)
 
 
-def _logits(head: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
+def _distribution(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """log pi and pi [tokens, vocabulary], log pi(target) and entropy [tokens]."""
+    log_pi = _log_softmax(head, hidden, temperature)
+    pi = log_pi.exp()
+    return log_pi, pi, log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(pi * log_pi).sum(-1)
+
+
+def _log_softmax(head: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
     logits = head(hidden).float()
-    return logits if temperature == 1 else logits / temperature
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -83,10 +87,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, reference: Tensor | None):
         weight = head.weight
-        log_pi = torch.log_softmax(_logits(head, hidden, temperature), dim=-1)
-        pi = log_pi.exp()
-        entropy = -(pi * log_pi).sum(-1)
-        logprobs = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        log_pi, pi, logprobs, entropy = _distribution(head, hidden, targets, temperature)
         spread = pi.neg()  # one-hot less pi, formed in float32: at a confident token the two nearly cancel
         spread[torch.arange(len(targets), device=targets.device), targets] += 1
         logprob_slope = (spread.to(weight.dtype) @ weight).float() / temperature
@@ -94,7 +95,7 @@ class _FrozenHead(torch.autograd.Function):
             ctx.save_for_backward(logprob_slope)
             kl = None
         else:
-            ratio = log_pi.sub_(torch.log_softmax(_logits(head, reference, temperature), dim=-1))
+            ratio = log_pi.sub_(_log_softmax(head, reference, temperature))
             kl = (pi * ratio).sum(-1)
             spread = pi.mul_(ratio.sub_(kl.unsqueeze(-1)))
             ctx.save_for_backward(logprob_slope, (spread.to(weight.dtype) @ weight).float() / temperature)

@@ -4,7 +4,7 @@ The only file that imports `trl.experimental.ppo` (1.12.0 is the last release th
 
 - the value function is a head on the policy's trunk, so a training step needs one forward pass and not two;
 - policy, reference, value and reward share one frozen backbone (roles.py), and only what is trained is saved;
-- logits exist for response tokens only, and generation keeps none;
+- logits exist for a chunk of response tokens at a time (logprobs.py), and generation keeps none;
 - a loss is averaged over the tokens of its whole minibatch, so gradient accumulation equals the large batch;
 - gradients are clipped at `max_grad_norm`, advantage whitening is a choice.
 """
@@ -38,7 +38,7 @@ from trl.experimental.ppo import ppo_trainer as trl_ppo_trainer
 
 @dataclass
 class PPOConfig(trl_ppo.PPOConfig):
-    """TRL's PPOConfig, with gradient clipping and three choices that TRL's loop does not have."""
+    """TRL's PPOConfig, with gradient clipping and choices that TRL's loop does not have."""
 
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 never clips, as TRL."})
     value: Literal["trunk", "adapter"] = field(
@@ -49,7 +49,8 @@ class PPOConfig(trl_ppo.PPOConfig):
         default=False,
         metadata={
             "help": "Sum the KL over the vocabulary at every position instead of reading it off the sampled token: its own "
-            "gradient becomes a loss term, and the reward of a token holds the KL of what follows it. Less noise."
+            "gradient becomes a loss term, and the reward of a token holds the KL of what follows it. "
+            "Less noise near the reference, more near the optimum."
         },
     )
     reward_baseline: bool = field(

@@ -35,10 +35,9 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """J* as `yardstick.estimate_optimum` estimates it; the effective sample size is in samples a prompt."""
+class Estimate:
+    """What an importance-sampling estimate rests on: whose samples, and how many of them a prompt, effectively."""
 
-    objective: float
     effective_sample_size: float
     proposal: str
 
@@ -48,18 +47,19 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class OptimalPoint:
-    """The optimum at one beta: reward, KL in nats, and how many samples a prompt the estimate rests on."""
+class Optimum(Estimate):
+    """J* as `yardstick.estimate_optimum` estimates it."""
+
+    objective: float
+
+
+@dataclass(frozen=True)
+class OptimalPoint(Estimate):
+    """The optimum at one beta: reward, and KL in nats."""
 
     beta: float
     reward: float
     kl: float
-    effective_sample_size: float
-    proposal: str
-
-    @property
-    def small(self) -> bool:
-        return self.effective_sample_size < SMALL_EFFECTIVE_SIZE
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def sample_completions(
     a row, and a token costs one random number a row where `torch.multinomial` draws one for every word of the vocabulary.
 
     Args:
-        policy: a LoRA policy's adapters are merged meanwhile.
+        policy: a float32 LoRA policy's adapters are merged meanwhile.
         queries: token ids padded on the left, [batch, context].
 
     Returns:
