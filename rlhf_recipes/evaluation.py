@@ -122,7 +122,7 @@ def _judge_batch(
     pad = tokenizer.pad_token_id
     queries = tokenizer.pad({"input_ids": prompts["input_ids"][:]}, return_tensors="pt")["input_ids"].to(roles.policy.device)
     context = queries.shape[1]
-    sequences = sample_completions(policy, queries, tokenizer, recipe.data.max_completion_tokens, temperature)
+    sequences, _ = sample_completions(policy, queries, tokenizer, recipe.data.max_completion_tokens, temperature)
     responses = sequences[:, context:]
     mask = response_mask(responses, pad)
     kl = kl_k3 = torch.zeros(len(queries))
@@ -193,7 +193,7 @@ def sample_texts(
     queries = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
     torch.manual_seed(recipe.run.seed)
     length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
-    sequences = sample_completions(model, queries, tokenizer, length, temperature)
+    sequences, _ = sample_completions(model, queries, tokenizer, length, temperature)
     texts = tokenizer.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**21  # of logits at a time, 8 MB in float32: about what a CPU core's cache holds
-CHUNKS_ON_GPU = 64  # times that: each chunk reads the whole output embedding, from a memory that caches little of it
+CHUNK_ELEMENTS = 2**19  # of logits at a time, 2 MB in float32: what a CPU core's cache holds
+CHUNK_TOKENS = 64  # at least: fewer would read the whole output embedding too often
+CHUNKS_ON_GPU = 256  # times the elements: a GPU's cache holds little of the output embedding
 
 
 def token_statistics(
-    hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float, reference_hidden: Tensor | None = None
+    hidden: Tensor, targets: Tensor, head: Any, temperature: float, reference_hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What softmax(head(hidden) / temperature) says of `targets`.
 
     Args:
         hidden: last hidden states, [batch, tokens, hidden].
         targets: the token that each of them predicts, [batch, tokens].
-        head: the output embedding.
+        head: the output embedding, a module.
         reference_hidden: the reference's hidden states of the same tokens, for the KL to it.
 
     Returns:
@@ -34,18 +35,18 @@ def token_statistics(
     """
     flat = hidden.flatten(0, -2)
     reference = None if reference_hidden is None else reference_hidden.flatten(0, -2)
-    weight = getattr(head, "weight", None)
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    gradient = torch.is_grad_enabled() and (flat.requires_grad or not frozen)
+    vocabulary = head.weight.shape[0] if hasattr(head, "weight") else 2**15
     elements = CHUNK_ELEMENTS * (1 if hidden.device.type == "cpu" else CHUNKS_ON_GPU)
-    rows = max(1, elements // (weight.shape[0] if weight is not None else 2**15))
+    rows = max(CHUNK_TOKENS, elements // vocabulary)
+    scratch = _Scratch(min(rows, len(flat)), head) if frozen else None
     parts = []
     for at in range(0, len(flat), rows):
         h, y = flat[at : at + rows], targets.flatten()[at : at + rows]
         r = None if reference is None else reference[at : at + rows]
-        if not (torch.is_grad_enabled() and (h.requires_grad or not frozen)):
-            parts.append(_statistics(head, h, y, temperature, r))
-        elif frozen:
-            parts.append(_FrozenHead.apply(h, y, head, temperature, r))
+        if scratch is not None:
+            parts.append(_FrozenHead.apply(h, y, temperature, r, scratch, gradient))
         else:
             parts.append(checkpoint(_statistics, head, h, y, temperature, r, use_reentrant=False))
     logprobs, entropy, kl = zip(*parts, strict=True)
@@ -60,45 +61,83 @@ def token_statistics(
 def _statistics(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One chunk, plainly: hidden [tokens, hidden] -> log pi(target), entropy, KL, each [tokens]."""
-    log_pi, pi, logprobs, entropy = _distribution(head, hidden, targets, temperature)
+    """One chunk, plainly, for a head that is trained: hidden [tokens, hidden] -> log pi(target), entropy, KL, each [tokens]."""
+    log_pi = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    pi = log_pi.exp()
+    logprobs, entropy = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(pi * log_pi).sum(-1)
     if reference is None:
         return logprobs, entropy, None
     with torch.no_grad():
-        log_ref = _log_softmax(head, reference, temperature)
+        log_ref = torch.log_softmax(head(reference).float() / temperature, dim=-1)
     return logprobs, entropy, (pi * (log_pi - log_ref)).sum(-1)
 
 
-def _distribution(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """log pi and pi [tokens, vocabulary], log pi(target) and entropy [tokens]."""
-    log_pi = _log_softmax(head, hidden, temperature)
-    pi = log_pi.exp()
-    return log_pi, pi, log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(pi * log_pi).sum(-1)
+class _Scratch:
+    """Memory for one chunk of logits, used again for the next one: fresh pages would cost more than the arithmetic."""
 
+    def __init__(self, rows: int, head: nn.Linear) -> None:
+        self.weight, self.bias = head.weight, head.bias
+        self.buffers: dict[str, Tensor] = {}
+        self.rows = rows
 
-def _log_softmax(head: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
-    logits = head(hidden).float()
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    def of(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, vocabulary]"""
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(self.rows, len(self.weight), dtype=dtype, device=self.weight.device)
+        return self.buffers[name][:rows]
+
+    def distribution(self, hidden: Tensor, temperature: float, name: str) -> tuple[Tensor, Tensor]:
+        """log pi and pi, [tokens, vocabulary] in float32."""
+        rows, weight = len(hidden), self.weight
+        log_pi, pi = self.of(f"log {name}", rows), self.of(name, rows)
+        if weight.dtype == torch.float32:
+            torch.mm(hidden.to(weight.dtype), weight.t(), out=log_pi)
+        else:
+            log_pi.copy_(torch.mm(hidden.to(weight.dtype), weight.t(), out=self.of("half", rows, weight.dtype)))
+        if self.bias is not None:
+            log_pi.add_(self.bias)
+        if temperature != 1:
+            log_pi.div_(temperature)
+        log_pi.sub_(log_pi.amax(-1, keepdim=True))
+        torch.exp(log_pi, out=pi)
+        total = pi.sum(-1, keepdim=True)
+        return log_pi.sub_(total.log()), pi.div_(total)
+
+    def times_embedding(self, spread: Tensor) -> Tensor:
+        """[tokens, vocabulary] -> its product with the output embedding, [tokens, hidden] in float32."""
+        if self.weight.dtype != torch.float32:
+            spread = self.of("half", len(spread), self.weight.dtype).copy_(spread)
+        return torch.mm(spread, self.weight).float()
 
 
 class _FrozenHead(torch.autograd.Function):
-    """`_statistics` with the gradients of the module's docstring."""
+    """The statistics of one chunk, with the gradients of the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, reference: Tensor | None):
-        weight = head.weight
-        log_pi, pi, logprobs, entropy = _distribution(head, hidden, targets, temperature)
-        spread = pi.neg()  # one-hot less pi, formed in float32: at a confident token the two nearly cancel
-        spread[torch.arange(len(targets), device=targets.device), targets] += 1
-        logprob_slope = (spread.to(weight.dtype) @ weight).float() / temperature
-        if reference is None:
-            ctx.save_for_backward(logprob_slope)
-            kl = None
-        else:
-            ratio = log_pi.sub_(_log_softmax(head, reference, temperature))
-            kl = (pi * ratio).sum(-1)
-            spread = pi.mul_(ratio.sub_(kl.unsqueeze(-1)))
-            ctx.save_for_backward(logprob_slope, (spread.to(weight.dtype) @ weight).float() / temperature)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        reference: Tensor | None,
+        scratch: _Scratch,
+        gradient: bool,
+    ):
+        log_pi, pi = scratch.distribution(hidden, temperature, "pi")
+        logprobs = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        entropy = -torch.linalg.vecdot(pi, log_pi)
+        kl, slopes = None, []
+        if reference is not None:
+            log_ref, _ = scratch.distribution(reference, temperature, "ref")
+            ratio = log_pi.sub_(log_ref)
+            kl = torch.linalg.vecdot(pi, ratio)
+            if gradient:
+                slopes.append(scratch.times_embedding(ratio.sub_(kl.unsqueeze(-1)).mul_(pi)) / temperature)
+        if gradient:
+            spread = pi.neg_()  # one-hot less pi, formed in float32: at a confident token the two nearly cancel
+            spread[torch.arange(len(targets), device=targets.device), targets] += 1
+            slopes.insert(0, scratch.times_embedding(spread) / temperature)
+        ctx.save_for_backward(*slopes)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy, kl
@@ -110,4 +149,4 @@ class _FrozenHead(torch.autograd.Function):
         total = by_logprob.unsqueeze(-1) * logprob_slope
         if kl_slope:
             total += by_kl.unsqueeze(-1) * kl_slope[0]
-        return total.to(ctx.dtype), None, None, None, None
+        return (total.to(ctx.dtype), *[None] * 5)

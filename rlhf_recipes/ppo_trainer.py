@@ -29,7 +29,7 @@ from transformers import DataCollatorWithPadding
 from rlhf_recipes.objective import generalized_advantages, masked_mean, masked_whiten, token_kl, whitening_scale
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
-from rlhf_recipes.sampling import ResponseOutput, model_inputs, response_forward, response_mask, sample_completions
+from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, response_mask, sample_completions
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental import ppo as trl_ppo
@@ -79,8 +79,8 @@ class PolicyAndValue(nn.Module):
         """Returns the policy's view of the response and V before each of its tokens, [batch, response]."""
         output = response_forward(self.policy, query_responses, context_length, pad_token_id, temperature, reference_hidden)
         if isinstance(self.value, ValueAdapter):
-            hidden = self.value.hidden(**model_inputs(query_responses, pad_token_id))
-            return output, self.value(hidden[:, context_length - 1 : -1])
+            hidden = self.value.hidden(**predicting_inputs(query_responses, pad_token_id))
+            return output, self.value(hidden[:, context_length - 1 :])
         return output, self.value(output.hidden)
 
 
@@ -95,7 +95,8 @@ class Rollout:
     query_responses: Tensor  # [batch, context + response]
     context_length: int
     mask: Tensor
-    logprobs: Tensor
+    logprobs: Tensor  # as the training pass computes them; the ratio starts at exactly 1
+    sampling_logprobs: Tensor  # as the tokens were drawn, with a cache and merged adapters
     values: Tensor
     baseline: Tensor | None  # the reward model's score of the text so far, with `reward_baseline`; part of `values`
     kl: Tensor  # by `kl_estimator` or `full_kl`
@@ -195,10 +196,11 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         policy_and_value = self.accelerator.unwrap_model(self.model)
         context = queries.shape[1]
         parts = []
-        query_responses = torch.cat([
+        sampled = [
             sample_completions(policy_and_value.policy, chunk, self.processing_class, args.response_length, args.temperature)
             for chunk in queries.split(args.local_rollout_forward_batch_size)
-        ])  # fmt: skip
+        ]
+        query_responses, sampling_logprobs = (torch.cat(part) for part in zip(*sampled, strict=True))
         for chunk in query_responses.split(args.local_rollout_forward_batch_size):
             reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
             output, values = policy_and_value(chunk, context, pad, args.temperature, reference.hidden if args.full_kl else None)
@@ -218,6 +220,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             context_length=context,
             mask=mask,
             logprobs=logprobs,
+            sampling_logprobs=sampling_logprobs,
             kl=kl * mask,
             reference_hidden=reference_hidden if args.full_kl else None,
             values=(values + baseline) * after_mask(mask),
@@ -348,7 +351,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             "objective/scores": mean(rollout.scores),
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
-            "val/num_eos_tokens": int((rollout.responses == self.processing_class.eos_token_id).sum()),
+            "val/num_eos_tokens": int(accelerator.reduce((rollout.responses == self.processing_class.eos_token_id).sum())),
+            "val/sampling_gap": mean(masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), rollout.mask)),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": self.state.episode,
             "eps": int(args.batch_size / seconds),

@@ -43,6 +43,9 @@ class ModelSection:
 
     path: str = _key("a Hub id, or a folder relative to the recipe")
     dtype: Literal["float32", "bfloat16", "float16"] = _key("of the backbone in memory; adapters are float32", "float32")
+    attention: str | None = _key(
+        "transformers' `attn_implementation`: sdpa, eager (faster for short texts on a CPU), flash_attention_2, ...", None
+    )
     save_dtype: Literal["float32", "bfloat16", "float16"] = _key("in which scripts/sft.py writes a backbone", "float32")
     architecture: dict[str, Any] | None = _key(
         "a transformers config (`model_type`, `vocab_size`, ...) for `sft.from_scratch`", None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState, init_empty_weights
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_recipes.lora import use_lean_lora
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import AdapterReward
 
@@ -94,7 +96,7 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
     """
     path = recipe.path(recipe.model.path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.model.dtype), use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, **_loading(recipe))
     except (OSError, ValueError) as error:
         raise RecipeError(f"`model.path` {recipe.model.path}: cannot be loaded: {error}") from error
     model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
@@ -102,6 +104,12 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
     model = model.requires_grad_(False).eval().to(PartialState().device)
     _check_head(model, recipe)
     return model
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
+    """How `from_pretrained` loads a model of the recipe."""
+    dtype, attention = getattr(torch, recipe.model.dtype), recipe.model.attention
+    return {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
 
 
 @torch.no_grad()
@@ -144,7 +152,9 @@ def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
     """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected)."""
     config = type(backbone.config)(**{**backbone.config.to_dict(), "num_labels": 1})
     with init_empty_weights(include_buffers=False):
-        classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
+        classifier = AutoModelForSequenceClassification.from_config(
+            config, dtype=backbone.dtype, attn_implementation=backbone.config._attn_implementation
+        )
     trunk = getattr(backbone, backbone.base_model_prefix)
     getattr(classifier, classifier.base_model_prefix).load_state_dict(trunk.state_dict(), assign=True)
     classifier.name_or_path = backbone.name_or_path
@@ -159,6 +169,7 @@ def load_reward(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrained
         model = PeftModel.from_pretrained(build_classifier(backbone), path)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"`reward.adapter` {recipe.reward.adapter}: does not fit {recipe.model.path}: {error}") from error
+    use_lean_lora(model)
     eos = None if recipe.reward.read_eos else tokenizer.eos_token_id
     return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
 
@@ -167,7 +178,9 @@ def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHe
     """The value function of `ppo.value`: "trunk" or "adapter" (call before the policy's adapters are injected)."""
     if kind == "trunk":
         return ValueHead(backbone.config.hidden_size)
-    trunk = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS")).get_base_model()
+    model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS"))
+    use_lean_lora(model)
+    trunk = model.get_base_model()
     return ValueAdapter(getattr(trunk, trunk.base_model_prefix), backbone.config.hidden_size)
 
 
@@ -186,6 +199,7 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
         policy_role = get_peft_model(backbone, lora_config(recipe, "CAUSAL_LM"))
     else:
         policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)
+    use_lean_lora(policy_role)
     return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward)
 
 
@@ -212,7 +226,7 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
             roles.policy.set_adapter(before)
             roles.policy.delete_adapter("judged")
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.model.dtype), use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, **_loading(recipe))
         theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
         if theirs != ours:
             raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")

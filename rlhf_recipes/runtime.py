@@ -24,6 +24,8 @@ def configure(seed: int) -> None:
     from transformers import set_seed
     from transformers.utils import logging
 
+    from rlhf_recipes.matmul import use_onednn_on_amd
+
     PartialState(cpu=not torch.cuda.is_available())  # before anyone asks: it finds the other processes only if told of CPUs
     set_seed(seed)
 
@@ -31,6 +33,7 @@ def configure(seed: int) -> None:
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     if not torch.cuda.is_available():
+        use_onednn_on_amd()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, _cores() // processes))
 

@@ -21,7 +21,7 @@ def sample_completions(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Samples one completion a row from softmax(logits / temperature); no top-k, no top-p, no scores kept.
 
     The same distribution as `model.generate(do_sample=True, top_k=0)`, in less time: the output embedding sees one position
@@ -32,10 +32,12 @@ def sample_completions(
         queries: token ids padded on the left, [batch, context].
 
     Returns:
-        query_responses: [batch, context + max_new_tokens]; after eos, pad.
+        query_responses [batch, context + max_new_tokens]; after eos, pad. And log pi of each sampled token as it was
+        drawn, [batch, max_new_tokens], zero after eos.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     responses = queries.new_full((len(queries), max_new_tokens), pad)
+    logprobs = torch.zeros(len(queries), max_new_tokens, device=queries.device)
     mask = queries != pad
     inputs = model_inputs(queries, pad)
     ended = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
@@ -44,7 +46,11 @@ def sample_completions(
         cache = DynamicCache(config=trunk.config)
         for t in range(max_new_tokens):
             hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            tokens = sample_tokens(head(hidden).float() / temperature).masked_fill(ended, pad)
+            logits = head(hidden).float() / temperature
+            tokens = sample_tokens(logits)
+            drawn = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            logprobs[:, t] = drawn.masked_fill(ended, 0)
+            tokens = tokens.masked_fill(ended, pad)
             responses[:, t] = tokens
             ended |= tokens == eos
             if ended.all():
@@ -55,7 +61,7 @@ def sample_completions(
                 "attention_mask": mask,
                 "position_ids": inputs["position_ids"][:, -1:] + 1,
             }
-    return torch.cat([queries, responses], dim=1)
+    return torch.cat([queries, responses], dim=1), logprobs
 
 
 def sample_tokens(logits: Tensor) -> Tensor:
@@ -120,6 +126,11 @@ def model_inputs(query_responses: Tensor, pad_token_id: int) -> dict[str, Tensor
     }
 
 
+def predicting_inputs(query_responses: Tensor, pad_token_id: int) -> dict[str, Tensor]:
+    """`model_inputs` without the last token, which predicts none of the others."""
+    return {name: values[:, :-1] for name, values in model_inputs(query_responses, pad_token_id).items()}
+
+
 def response_forward(
     policy: PreTrainedModel | PeftModel | Reference,
     query_responses: Tensor,
@@ -138,8 +149,8 @@ def response_forward(
         with policy.adapters_off() as backbone:
             return response_forward(backbone, query_responses, context_length, pad_token_id, temperature, reference_hidden)
     trunk, head = trunk_and_head(policy)
-    hidden = trunk(**model_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
-    hidden = hidden[:, context_length - 1 : -1]
+    hidden = trunk(**predicting_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
+    hidden = hidden[:, context_length - 1 :]
     targets = query_responses[:, context_length:]
     logprobs, entropy, kl = token_statistics(hidden, targets, head, temperature, reference_hidden)
     return ResponseOutput(logprobs, entropy, hidden, kl)

@@ -73,7 +73,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
 
         monkeypatch.setattr(module, "response_forward", forward)
         if hasattr(module, "sample_completions"):
-            monkeypatch.setattr(module, "sample_completions", lambda *args: sequences)
+            monkeypatch.setattr(module, "sample_completions", lambda *args: (sequences, torch.zeros(4, 6)))
 
     for module in (ppo_trainer, dpo_trainer, evaluation):
         recording(module)

@@ -103,7 +103,8 @@ def rollout_of(trainer, query, responses):
     from unittest import mock
 
     sequences = torch.tensor([query + r for r in responses])
-    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sequences):
+    sampled = sequences, torch.zeros(len(responses), len(responses[0]))
+    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sampled):
         return trainer.rollout(torch.tensor([query] * len(responses)))
 
 

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.recipe import RecipeError, load_recipe
 from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, load_reward, merged_adapters
-from rlhf_recipes.sampling import model_inputs, response_forward, sample_completions
+from rlhf_recipes.sampling import model_inputs, response_forward, response_mask, sample_completions
 
 
 def batch(tokenizer, texts=("the film was", "plot", "the great superb fine film")):
@@ -130,12 +130,15 @@ def test_response_forward_is_the_plain_log_softmax(roles):
     pad = roles.tokenizer.pad_token_id
     queries = batch(roles.tokenizer)
     torch.manual_seed(0)
-    sequences = sample_completions(roles.policy, queries, roles.tokenizer, 5, temperature=0.7)
+    sequences, sampling_logprobs = sample_completions(roles.policy, queries, roles.tokenizer, 5, temperature=0.7)
     assert sequences.shape == (3, queries.shape[1] + 5)
     output = response_forward(roles.policy, sequences, queries.shape[1], pad, temperature=0.7)
     logits = roles.policy(**model_inputs(sequences, pad)).logits[:, queries.shape[1] - 1 : -1] / 0.7
     expected = logits.log_softmax(-1).gather(-1, sequences[:, queries.shape[1] :, None]).squeeze(-1)
     torch.testing.assert_close(output.logprobs, expected, atol=1e-6, rtol=1e-5)
+    kept = response_mask(sequences[:, queries.shape[1] :], pad)
+    torch.testing.assert_close(sampling_logprobs[kept], expected[kept], atol=1e-5, rtol=1e-5)
+    assert not sampling_logprobs[~kept].any()
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(output.entropy, entropy, atol=1e-5, rtol=1e-5)
 
@@ -168,7 +171,7 @@ def test_samples_follow_the_model(tiny, roles):
     """4,000 first tokens against the exact distribution: total variation within what sampling allows."""
     query = torch.tensor([roles.tokenizer("the film")["input_ids"]])
     torch.manual_seed(0)
-    tokens = sample_completions(roles.policy, query.repeat(4000, 1), roles.tokenizer, 1, temperature=1.0)[:, -1]
+    tokens = sample_completions(roles.policy, query.repeat(4000, 1), roles.tokenizer, 1, temperature=1.0)[0][:, -1]
     exact = roles.policy(query).logits[0, -1].softmax(-1)
     seen = torch.bincount(tokens, minlength=len(exact)) / len(tokens)
     expected_gap = (exact * (1 - exact) / len(tokens)).sqrt().sum() * 0.8 / 2  # E|binomial - mean| is 0.8 deviations
@@ -181,7 +184,7 @@ def test_gradient_checkpointing_does_not_change_what_is_sampled(roles):
 
     def sampled():
         torch.manual_seed(0)
-        return sample_completions(roles.policy, queries, roles.tokenizer, 8, temperature=1.0)
+        return sample_completions(roles.policy, queries, roles.tokenizer, 8, temperature=1.0)[0]
 
     expected = sampled()
     roles.policy.train()
