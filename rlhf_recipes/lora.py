@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def use_lean_lora(model: nn.Module) -> None:
     """Makes every plain LoRA linear layer of `model` a `LeanLoraLinear`, in place."""
     for module in model.modules():
-        if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
+        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LeanLoraLinear
 
 
