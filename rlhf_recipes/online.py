@@ -5,9 +5,9 @@ from typing import Any
 from rlhf_recipes.callbacks import watch
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.evaluation import judge_policy
+from rlhf_recipes.evaluation import complete, judge_policy
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, episodes_per_update, ppo_fields
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
@@ -21,14 +21,21 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     train = tokenize_prompts(prompts, tokenizer, longest, at_least=episodes_per_update(recipe, stage))
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
 
-    roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
+    section, gold = recipe.stages[stage], optional_gold(task)
+    if gold is None and section.get("metric_for_best_model") == "gold":
+        raise RecipeError(f"`{stage}.metric_for_best_model` gold: {task.__file__} has no `gold_reward`")
+    roles = build_roles(recipe, tokenizer, value="adapter" if section.get("loop") == "trl" else section.get("value", "trunk"))
 
     run = Run.prepare(recipe, stage)
     args = stage_config(PPOConfig, recipe, stage, run.folder, **ppo_fields(recipe, stage))
     run.start()
-    trainer = PPOTrainer(args, roles, train)
+
+    def judge() -> dict[str, float]:
+        return complete(roles.policy, roles, held_out, recipe, gold).means(recipe.objective.beta)
+
+    trainer = PPOTrainer(args, roles, train, judge=judge)
     watch(trainer, run)
     trainer.train()
 
     trainer.save_model()
-    return judge_policy(run, roles, held_out, optional_gold(task))
+    return judge_policy(run, roles, held_out, gold)

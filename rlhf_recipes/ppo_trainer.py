@@ -6,12 +6,17 @@ The only file that imports `trl.experimental.ppo` (1.12.0 is the last release th
 - policy, reference, value and reward share one frozen backbone (roles.py), and only what is trained is saved;
 - logits exist for a chunk of response tokens at a time (logprobs.py), and generation keeps none;
 - a loss is averaged over the tokens of its whole minibatch, so gradient accumulation equals the large batch;
-- gradients are clipped at `max_grad_norm`, advantage whitening is a choice.
+- gradients are clipped at `max_grad_norm`, advantage whitening is a choice;
+- held-out prompts are judged during training, and the best policy is kept.
+
+`ppo.loop: trl` runs TRL's own loop on the same roles instead.
 """
 
 import os
+import shutil
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +27,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import save_file
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from rlhf_recipes.objective import generalized_advantages, masked_mean, masked_whiten, token_kl, whitening_scale
 from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.rewards import AdapterReward
 from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
 from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, response_mask, sample_completions
 
@@ -58,6 +65,9 @@ class PPOConfig(trl_ppo.PPOConfig):
         metadata={"help": "V(s) is the reward model's score of the text so far plus what the value function learns beside it."},
     )
     whiten_advantages: bool = field(default=True, metadata={"help": "Unit variance and zero mean, as TRL always does."})
+    loop: Literal["lean", "trl"] = field(
+        default="lean", metadata={"help": "This repository's training loop, or TRL's own with a value model of its own."}
+    )
 
 
 class PolicyAndValue(nn.Module):
@@ -82,6 +92,23 @@ class PolicyAndValue(nn.Module):
             hidden = self.value.hidden(**predicting_inputs(query_responses, pad_token_id))
             return output, self.value(hidden[:, context_length - 1 :])
         return output, self.value(output.hidden)
+
+
+class StockReward(nn.Module):
+    """The reward model as TRL's own loop reads one: a sequence classifier that scores every position."""
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, reward: AdapterReward) -> None:
+        super().__init__()
+        self.pad_token_id, self.prefix_scores = reward.pad_token_id, reward.prefix_scores
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> types.SimpleNamespace:
+        ids = input_ids.masked_fill(~attention_mask, self.pad_token_id)  # TRL has put 0 in place of pads
+        return types.SimpleNamespace(hidden_states=[self.prefix_scores(ids)])
+
+    def score(self, scores: Tensor) -> Tensor:
+        return scores.unsqueeze(-1)
 
 
 @dataclass
@@ -134,21 +161,31 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         roles: policy, reference, value and reward (roles.py).
         train_dataset: with a column `input_ids`, the prompts' token ids.
         callbacks: transformers callbacks.
+        judge: returns the metrics of the policy on held-out prompts, for `eval_strategy: steps`.
     """
 
     args: PPOConfig
     control: Any
 
-    def __init__(self, args: PPOConfig, roles: Roles, train_dataset: Dataset, callbacks: list | None = None) -> None:
-        self.roles = roles
+    def __init__(
+        self,
+        args: PPOConfig,
+        roles: Roles,
+        train_dataset: Dataset,
+        callbacks: list | None = None,
+        judge: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        self.roles, self.judge = roles, judge
+        stock = args.loop == "trl"
         # TRL's constructor wraps policy and value in a class whose forward runs two trunks; ours takes its place.
-        with mock.patch.object(trl_ppo_trainer, "PolicyAndValueWrapper", PolicyAndValue):
+        wrapper = trl_ppo_trainer.PolicyAndValueWrapper if stock else PolicyAndValue
+        with mock.patch.object(trl_ppo_trainer, "PolicyAndValueWrapper", wrapper):
             super().__init__(
                 args=args,
                 processing_class=roles.tokenizer,
                 model=roles.policy,
                 ref_model=roles.reference,
-                reward_model=roles.reward,
+                reward_model=StockReward(roles.reward) if stock else roles.reward,
                 value_model=roles.value,
                 train_dataset=train_dataset.select_columns(["input_ids"]),
                 data_collator=DataCollatorWithPadding(roles.tokenizer),
@@ -160,12 +197,16 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def train(self) -> None:
         """Runs `num_total_batches` updates: rollout, rewards, advantages, update."""
         args = self.args
+        if args.loop == "trl":
+            return super().train()
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.state.logging_steps = args.logging_steps
-        self.state.save_steps = args.save_steps
+        self.state.save_steps, self.state.eval_steps = args.save_steps, args.eval_steps
         self.model.train()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start:
+            self.evaluate()
         batches = self._batches()
         for _ in range(args.num_total_batches):
             started = time.perf_counter()
@@ -180,9 +221,38 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             self.log(self._metrics_of(rollout, stats, seconds=time.perf_counter() - started))
             self.lr_scheduler.step()
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            if self.control.should_evaluate:
+                self.control.should_evaluate = False
+                self.evaluate()
             if self.control.should_training_stop:
                 break
+        if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self.accelerator.wait_for_everyone()
+            self.load_model(Path(self.state.best_model_checkpoint))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Judges the policy on held-out prompts, logs `eval/<metric>`, and keeps the best by `metric_for_best_model`."""
+        assert self.judge is not None, "eval_strategy needs a judge"
+        self.model.eval()
+        metrics = {f"eval/{name}": value for name, value in self.judge().items()}
+        self.model.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.args.metric_for_best_model is not None:
+            self._keep_if_best(metrics[f"eval/{self.args.metric_for_best_model}"])
+        return metrics
+
+    def _keep_if_best(self, value: float) -> None:
+        """Saves the policy as `best-<step>` if its metric is the best so far; then the one before it is removed."""
+        state, before = self.state, self.state.best_model_checkpoint
+        if state.best_metric is not None and value <= state.best_metric:
+            return
+        state.best_metric, state.best_global_step = value, state.global_step
+        state.best_model_checkpoint = str(Path(self.args.output_dir) / f"best-{state.global_step}")
+        self.save_model(state.best_model_checkpoint)
+        if before is not None and self.accelerator.is_main_process:
+            shutil.rmtree(before)
 
     def _batches(self) -> Iterator[Tensor]:
         while True:
@@ -363,10 +433,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if not self.accelerator.is_main_process:
             return
         folder = Path(output_dir or self.args.output_dir)
-        trained = self.accelerator.unwrap_model(self.model)
-        trained.policy.save_pretrained(folder, save_embedding_layers=False)
-        value = {name: p.detach().cpu() for name, p in trained.value.named_parameters() if p.requires_grad}
+        self.roles.policy.save_pretrained(folder, save_embedding_layers=False)
+        value = {name: p.detach().cpu() for name, p in self.roles.value.named_parameters() if p.requires_grad}
         save_file(value, folder / "value.safetensors")
+
+    def load_model(self, folder: Path) -> None:
+        """Reads what `save_model` wrote into policy and value."""
+        set_peft_model_state_dict(self.roles.policy, load_file(folder / "adapter_model.safetensors"))
+        self.roles.value.load_state_dict(load_file(folder / "value.safetensors"), strict=False)
 
 
 def episodes_per_update(recipe: Recipe, stage: str) -> int:
@@ -383,5 +457,9 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "kl_coef": recipe.objective.beta,
         "response_length": recipe.data.max_completion_tokens,
         "temperature": recipe.sampling.temperature,
+        "stop_token": "eos",
+        "num_sample_generations": 0,
+        # the trainer keeps the best itself, in `_keep_if_best`; transformers refuses to load the best after "no"
+        "save_strategy": "best" if recipe.stages[stage].get("load_best_model_at_end") else "no",
         **one_step,
     }

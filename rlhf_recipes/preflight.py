@@ -17,6 +17,7 @@ DPO_LOSSES = (
     "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 _COUNTS = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
     "local_rollout_forward_batch_size", "rounds",
@@ -127,6 +128,9 @@ def _check_online(stage: str, section: dict[str, Any]) -> None:
             f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
+    _check_held_out(stage, section)
+    if section.get("loop") == "trl":
+        _check_trl_loop(stage, section)
     if section.get("whiten_rewards"):
         if local // minibatches < 8:
             raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
@@ -135,6 +139,36 @@ def _check_online(stage: str, section: dict[str, Any]) -> None:
                 raise RecipeError(
                     f"`{stage}.{key}` is in units of the reward, which `{stage}.whiten_rewards` changes; drop one"
                 )
+
+
+def _check_held_out(stage: str, section: dict[str, Any]) -> None:
+    """Evaluation during training, and what is kept by it."""
+    if section.get("eval_strategy") not in (None, "no", "steps"):
+        raise RecipeError(
+            f"`{stage}.eval_strategy` {section['eval_strategy']}: PPO counts updates, not epochs; use steps or no"
+        )
+    evaluates = section.get("eval_strategy") == "steps"
+    if evaluates and (section.get("eval_steps") is None or section["eval_steps"] < 1 or section["eval_steps"] % 1):
+        raise RecipeError(f"`{stage}.eval_steps`: expected a whole number of updates, got {section.get('eval_steps')}")
+    best = section.get("metric_for_best_model")
+    if best is not None and best not in BEST_BY:
+        raise RecipeError(f"`{stage}.metric_for_best_model`: {best!r} is none of {', '.join(BEST_BY)}{nearest(best, BEST_BY)}")
+    for key in ("metric_for_best_model", "load_best_model_at_end"):
+        if section.get(key) and not evaluates:
+            raise RecipeError(f"`{stage}.{key}` needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
+    if section.get("load_best_model_at_end") and best is None:
+        raise RecipeError(f"`{stage}.load_best_model_at_end` needs `{stage}.metric_for_best_model`, such as objective")
+
+
+def _check_trl_loop(stage: str, section: dict[str, Any]) -> None:
+    """TRL's own loop would accept and ignore what it does not know."""
+    off = {"full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no"}
+    unknown = [key for key, value in off.items() if section.get(key, value) != value]
+    if unknown:
+        switches = " ".join(f"--{stage}.{key}={str(off[key]).lower()}" for key in unknown)
+        raise RecipeError(f"`{stage}.loop` trl: TRL's own loop does not know {', '.join(unknown)}; switch off: {switches}")
+    if section.get("value") == "trunk":
+        raise RecipeError(f"`{stage}.loop` trl runs the value function as a model of its own: `{stage}.value` must be adapter")
 
 
 def _check_pad(recipe: Recipe) -> None:

@@ -190,14 +190,13 @@ PPO_READS = frozenset((
     "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "cliprange", "vf_coef", "cliprange_value",
-    "gamma", "lam", "ds3_gather_for_generation", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages",
+    "gamma", "lam", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
+    "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
 ))  # fmt: skip
 _PPO_REFUSED = {
     "stop_token": _AT_EOS,
     "stop_token_id": _AT_EOS,
     "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
-    "eval_strategy": "held-out prompts are judged at the end of the run, not during it",
-    "eval_steps": "held-out prompts are judged at the end of the run, not during it",
     "save_strategy": "the adapter is saved at the end of the run, not during it",
     "save_steps": "the adapter is saved at the end of the run, not during it",
     "resume_from_checkpoint": "a PPO run cannot be resumed",

@@ -52,22 +52,31 @@ class Reference(nn.Module):
             return policy(**inputs)
 
 
+class Score(nn.Linear):
+    """A scalar in float32 from a hidden state of any precision."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.to(self.weight.dtype))
+
+
 class ValueHead(nn.Module):
     """V(s): one linear layer on a trunk's last hidden state; it starts at zero, so the first advantages are returns."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.score = nn.Linear(hidden_size, 1)
+        self.score = Score(hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> [batch, tokens]"""
-        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
+        return self.score(hidden).squeeze(-1)
 
 
 class ValueAdapter(ValueHead):
     """V(s) with a LoRA adapter of its own over the shared frozen weights (`ppo.value: adapter`)."""
+
+    base_model_prefix = "trunk"  # where TRL's own loop looks for it
 
     def __init__(self, trunk: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)
@@ -193,9 +202,10 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
     """
     backbone = load_backbone(recipe)
     reward = load_reward(recipe, backbone, tokenizer)
+    torch.manual_seed(recipe.run.seed)  # the same start whatever was built before, here and below
     value_role = build_value(recipe, backbone, value)
     if policy is None:
-        torch.manual_seed(recipe.run.seed)  # the same start whatever was built before
+        torch.manual_seed(recipe.run.seed)
         policy_role = get_peft_model(backbone, lora_config(recipe, "CAUSAL_LM"))
     else:
         policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
@@ -12,13 +13,25 @@ from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
-def build_trainer(tiny, tmp_path, stage="ppo", **overrides):
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def build_trainer(tiny, tmp_path, stage="ppo", judge=None, **overrides):
     recipe = load_recipe(tiny, {key.replace("__", "."): value for key, value in overrides.items()})
     tokenizer = load_tokenizer(recipe)
     prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
     roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
     args = stage_config(PPOConfig, recipe, stage, tmp_path, **ppo_fields(recipe, stage))
-    return PPOTrainer(args, roles, prompts)
+    return PPOTrainer(args, roles, prompts, callbacks=[Recorder()], judge=judge)
+
+
+def logs_of(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder)).logs
 
 
 def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
@@ -186,3 +199,35 @@ def test_prompts_longer_than_the_limit_are_left_out_not_cut(tiny, capsys):
     assert kept["prompt"] == ["film", "", "plot"]  # an empty prompt is bos alone
     assert kept["extra"] == [1, 3, 4]
     assert "1 of 4 prompts are longer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [({}, [1, 0.75, 0.5, 0.25]), ({"ppo__lr_scheduler_type": "constant_with_warmup", "ppo__warmup_steps": 2}, [0, 0.5, 1, 1])],
+)
+def test_learning_rate_schedule(tiny, tmp_path, settings, factors):
+    """One step of the schedule an update, whatever the number of optimizer steps in it."""
+    trainer = build_trainer(tiny, tmp_path, ppo__total_episodes=32, ppo__num_mini_batches=2, **settings)
+    trainer.train()
+    assert [log["lr"] for log in logs_of(trainer)] == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def test_the_best_policy_on_held_out_prompts_is_kept_and_loaded(tiny, tmp_path):
+    seen = []
+
+    def judge():
+        assert not trainer.model.training
+        seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+        return {"objective": [0.1, 0.3, 0.2, 0.0][len(seen) - 1], "kl": 1.0}
+
+    trainer = build_trainer(
+        tiny, tmp_path, judge=judge, ppo__total_episodes=48, ppo__eval_strategy="steps", ppo__eval_steps=2,
+        ppo__eval_on_start=True, ppo__metric_for_best_model="objective", ppo__load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    evaluations = [log for log in logs_of(trainer) if "eval/objective" in log]
+    assert [log["eval/objective"] for log in evaluations] == [0.1, 0.3, 0.2, 0.0]
+    assert sorted(p.name for p in tmp_path.glob("best-*")) == ["best-2"]
+    now = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(now[name], seen[1][name]) for name in now)
+    assert any(not torch.equal(seen[1][name], seen[2][name]) for name in now)
