@@ -44,6 +44,7 @@ class Work:
     updates: int  # timed ones; one more warms up
     epochs: int = 4
     threads: int = 0  # 0: all cores
+    onednn: bool = True  # matmul.py's products, on machines where they apply
 
 
 def measure(work: Work) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _work(work: Work) -> dict[str, Any]:
     import rlhf_recipes.online  # noqa: F401 - both sides pay for the same imports
     from rlhf_recipes.runtime import configure
 
-    configure(seed=0)
+    configure(seed=0, onednn=work.onednn)
     if work.threads:
         torch.set_num_threads(work.threads)
     folder = tempfile.mkdtemp()
@@ -141,7 +142,11 @@ def _work(work: Work) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     peak = _memory_mb() - baseline
-    return result | {"samples_per_second": work.batch / result["seconds"], "peak_memory_mb": peak}
+    return (
+        result
+        | {"floor_seconds": _floor(work, recipe) if work.stage == "ppo" else None}
+        | {"samples_per_second": work.batch / result["seconds"], "peak_memory_mb": peak}
+    )
 
 
 def _overrides(work: Work) -> dict[str, Any]:
@@ -278,6 +283,56 @@ def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     result = _result(clock, watch, "rest")
     result["phases"]["update"] = result["phases"].pop("update", 0.0) + result["phases"].pop("rest")
     return result
+
+
+# --- the floor ---------------------------------------------------------------------------------------------------
+
+
+def _floor(work: Work, recipe: Recipe) -> float:
+    """Seconds that an update's matrix products alone would take at this machine's best measured rate in this dtype."""
+    import torch
+    from transformers import AutoConfig
+
+    from rlhf_recipes.data import load_tokenizer
+
+    config = AutoConfig.from_pretrained(recipe.path(work.model))
+    lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe))["input_ids"]]
+    batches = [lengths[at : at + work.batch] for at in range(0, len(lengths), work.batch)]
+    context = statistics.mean(max(batch) for batch in batches)
+    flops = update_flops(config, work.batch, context, work.response, work.epochs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, dtype=getattr(torch, work.dtype), device=device) for _ in range(2))
+    times = []
+    for _ in range(7):
+        start = _now()
+        a @ b
+        times.append(_now() - start)
+    return flops * min(times) / (2 * size**3)
+
+
+def update_flops(config: Any, batch: int, context: float, response: int, epochs: int) -> float:
+    """Floating-point operations of the matrix products in one PPO update of a LoRA policy with its value on the trunk.
+
+    A product of [m, k] and [k, n] counts 2 m k n. Forward passes: generation, policy, reference and reward; each epoch one
+    forward pass, and one backward pass for activations and adapters (the frozen weights get no gradient).
+    """
+    hidden, layers, inner = config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = width * heads, width * (getattr(config, "num_key_value_heads", None) or heads)
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), *[(hidden, inner)] * 2, (inner, hidden)]
+    weights = layers * sum(a * b for a, b in shapes)
+    adapters = layers * LORA_RANK * sum(a + b for a, b in shapes)
+    length = context + response
+    tokens = batch * length
+    attention = 4 * layers * queries * batch * length**2 / 2  # causal
+    trunk = 2 * weights * tokens + attention
+    head = 2 * config.vocab_size * hidden * batch * response
+    lora = 2 * adapters * tokens
+    forwards = 4 * trunk + 3 * head + 2 * lora  # generation (merged), policy, reference; the reward has no output embedding
+    epoch = 2 * (trunk + head) + attention + 3 * lora
+    return forwards + epochs * epoch
 
 
 # --- DPO ---------------------------------------------------------------------------------------------------------

@@ -78,13 +78,6 @@ def whitening_scale(values: Tensor, mask: Tensor) -> Tensor:
     return torch.rsqrt(squares.sum() / (mask.sum() - 1) + 1e-8)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Values of unit variance under `mask`, and zero mean if `shift_mean`; TRL's `masked_whiten`."""
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * whitening_scale(values, mask)
-    return whitened if shift_mean else whitened + mean
-
-
 # --- the optimum -------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from rlhf_recipes.objective import generalized_advantages, masked_mean, masked_whiten, token_kl, whitening_scale
+from rlhf_recipes.objective import generalized_advantages, masked_mean, token_kl, whitening_scale
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import AdapterReward
 from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
@@ -311,7 +311,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             rewards = nn.functional.pad(rewards[:, 1:], (0, 1))
         rewards[torch.arange(len(scores)), rollout.value_mask.sum(1) - 1] += scores
         if args.whiten_rewards:
-            rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False) * rollout.value_mask
+            mean, scale = self._whitening(rewards, rollout.value_mask)
+            rewards = ((rewards - mean) * scale + mean) * rollout.value_mask
         return rewards
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
@@ -320,8 +321,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         returns = raw + rollout.values
         if not self.args.whiten_advantages:
             return Advantages(raw * rollout.mask, returns, torch.ones_like(raw[0, 0]))
-        white = masked_whiten(raw, rollout.mask)
-        return Advantages(white * rollout.mask, returns, whitening_scale(raw, rollout.mask))
+        mean, scale = self._whitening(raw, rollout.mask)
+        return Advantages((raw - mean) * scale * rollout.mask, returns, scale)
+
+    def _whitening(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation under `mask` over the rollouts of all processes, as if they were one batch."""
+        values, mask = self.accelerator.gather(values), self.accelerator.gather(mask.float())
+        return masked_mean(values, mask), whitening_scale(values, mask)
 
     def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, Tensor]:
         """`num_ppo_epochs` passes over the rollout in minibatches; returns each statistic of every micro batch, [steps]."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def check(recipe: Recipe, stage: str) -> None:
     """Raises RecipeError for the first thing that would stop `stage` later, and says what to change."""
+    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise RecipeError(
+                f"launched with {engine}, which takes the backbone's weights apart or wraps them; here policy, reference, "
+                f"value and reward are adapters on one frozen copy of them, and their own optimizer state is too small to be "
+                f"worth sharding. Launch with accelerate_configs/multi_gpu.yaml (DDP)"
+            )
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     if recipe.run.resume is not None and stage != "preferences":

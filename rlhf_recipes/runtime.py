@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def configure(seed: int) -> None:
+def configure(seed: int, onednn: bool = True) -> None:
     """Seeds python, numpy and torch, uses all cores, and silences other packages' deprecation notices.
 
     `accelerate launch` without a config file sets OMP_NUM_THREADS=1, which halves the speed on two cores. The cores this
@@ -33,7 +33,8 @@ def configure(seed: int) -> None:
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     if not torch.cuda.is_available():
-        use_onednn_on_amd()
+        if onednn:
+            use_onednn_on_amd()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, _cores() // processes))
 

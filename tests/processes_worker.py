@@ -1,0 +1,108 @@
+"""What tests/test_processes.py runs in every process of `accelerate launch`: one JSON file a rank is its answer.
+
+accelerate launch ... tests/processes_worker.py RECIPE FOLDER STEPS...
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate import PartialState
+
+from rlhf_recipes.configs import stage_config
+from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.runtime import configure
+from rlhf_recipes.tasks import load_dataset, load_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.*
+PROMPT, RESPONSES = [1, 70, 80], [[5 + i, 9, 30 + 7 * i, 11, 12, 13][: 1 + i % 6] + [0] * (5 - i % 6) for i in range(8)]
+
+
+def build_trainer(recipe_folder, folder, **overrides):
+    recipe = load_recipe(recipe_folder, {"ppo.total_episodes": 24, **overrides})
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
+    args = stage_config(PPOConfig, recipe, "ppo", folder, **ppo_fields(recipe, "ppo"))
+    return PPOTrainer(args, build_roles(recipe, tokenizer), prompts)
+
+
+def trained(trainer):
+    return {n: p for m in (trainer.roles.policy, trainer.roles.value) for n, p in m.named_parameters() if p.requires_grad}
+
+
+def fixed_gradient(recipe_folder, folder):
+    """The gradient of one step on RESPONSES, each process holding its share; policy away from the reference."""
+    state = PartialState()
+    mine = torch.arange(state.process_index, 8, state.num_processes)
+    trainer = build_trainer(
+        recipe_folder, folder, **{"ppo.per_device_train_batch_size": len(mine), "ppo.num_ppo_epochs": 1, "ppo.full_kl": True}
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in trained(trainer).items():
+            if "lora_B" in name or "score" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    sequences = torch.tensor([PROMPT + RESPONSES[i] for i in mine])
+    sampled = sequences, torch.zeros(len(mine), 6)
+    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sampled):
+        rollout = trainer.rollout(torch.tensor([PROMPT] * len(mine)))
+    seen = {}
+
+    def keep(*args, **kwargs):
+        seen.update({name: p.grad.clone() for name, p in trained(trainer).items()})
+
+    trainer.optimizer.zero_grad = keep
+    trainer.update(rollout, trainer.advantages(rollout, trainer.rewards(rollout)))
+    return {name: gradient.tolist() for name, gradient in seen.items()}
+
+
+def every_update(recipe_folder, folder):
+    """Per update: a hash of the trained weights, the sampled tokens, and this process's own means."""
+    trainer = build_trainer(recipe_folder, folder, **{"ppo.per_device_train_batch_size": 4, "ppo.num_mini_batches": 2})
+    updates, logs = [], []
+    update, log = trainer.update, trainer.log
+
+    def watched(rollout, advantages):
+        stats = update(rollout, advantages)
+        weights = b"".join(p.detach().numpy().tobytes() for p in trained(trainer).values())
+        updates.append({
+            "weights": hashlib.sha256(weights).hexdigest(),
+            "tokens": rollout.query_responses.tolist(),
+            "objective/scores": rollout.scores.mean().item(),
+            "objective/kl": rollout.kl.sum(1).mean().item(),
+            "loss/policy_avg": stats["loss/policy_avg"].mean().item(),
+        })  # fmt: skip
+        return stats
+
+    trainer.update = watched
+    trainer.log = lambda metrics: (logs.append(dict(metrics)), log(metrics))
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    return {"updates": updates, "logs": logs}
+
+
+def scripts(recipe_folder, folder):
+    """Every stage by its script, in one process group."""
+    from scripts import a2c, dpo, evaluate, ppo, preferences, reward, sft
+
+    stages = {"sft": sft, "reward": reward, "preferences": preferences, "ppo": ppo, "a2c": a2c, "dpo": dpo}
+    common = ["--recipe", str(recipe_folder), "--run.output", str(folder), "--run.name", "run"]
+    for name, script in stages.items():
+        rounds = ["--dpo.rounds", "2", "--preferences.label", "expected"] if name == "dpo" else []
+        held_out = ["--ppo.eval_strategy", "steps", "--ppo.eval_steps", "1", "--ppo.metric_for_best_model", "objective",
+                    "--ppo.load_best_model_at_end", "true"] if name == "ppo" else []  # fmt: skip
+        script.main([*common, *rounds, *held_out])
+    evaluate.main(common)
+
+
+if __name__ == "__main__":
+    recipe_folder, folder, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    configure(seed=0)
+    answers = {step: globals()[step](recipe_folder, folder) for step in steps}
+    (folder / f"rank{PartialState().process_index}.json").write_text(json.dumps(answers))

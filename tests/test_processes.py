@@ -1,0 +1,138 @@
+"""Several processes on CPUs, connected by gloo: the same gradients, the same adapters, every stage, two machines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def launch(config, *arguments, prefix=(), env=None, wait=True):
+    command = [*prefix, *LAUNCH, "--config_file", ROOT / "accelerate_configs" / config, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return finish(process) if wait else process
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def two(tiny, tmp_path_factory):
+    """The answers of both processes to every question, and their folder."""
+    folder = tmp_path_factory.mktemp("two")
+    steps = ("fixed_gradient", "every_update", "scripts")
+    launch("multi_cpu.yaml", ROOT / "tests" / "processes_worker.py", tiny, folder, *steps)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
+
+
+@pytest.fixture(scope="module")
+def one(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    launch("cpu.yaml", ROOT / "tests" / "processes_worker.py", tiny, folder, "fixed_gradient", "every_update", "scripts")
+    return json.loads((folder / "rank0.json").read_text()), folder
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(one, two):
+    """Rows of different lengths, whitened advantages, the full KL: everything that is averaged over tokens."""
+    whole, (first, second) = one[0]["fixed_gradient"], [answers["fixed_gradient"] for answers in two[0]]
+    assert whole.keys() == first.keys() == second.keys()
+    assert sum(torch.tensor(g).norm() > 1e-4 for g in whole.values()) > 20
+    for name, gradient in whole.items():
+        assert first[name] == second[name], name
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(gradient), atol=1e-6, rtol=1e-4)
+
+
+def test_ranks_draw_different_samples_and_keep_identical_adapters(two):
+    first, second = (answers["every_update"]["updates"] for answers in two[0])
+    assert len(first) == len(second) == 3
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine["weights"] == theirs["weights"]
+        assert mine["tokens"] != theirs["tokens"]
+    assert len({update["weights"] for update in first}) == 3
+
+
+def test_logged_metrics_are_the_mean_over_the_ranks(two):
+    first, second = (answers["every_update"] for answers in two[0])
+    for step, log in enumerate(first["logs"]):
+        for name in ("objective/scores", "objective/kl", "loss/policy_avg"):
+            mean = (first["updates"][step][name] + second["updates"][step][name]) / 2
+            assert log[name] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
+
+
+def test_every_stage_runs_and_saves_once_what_one_process_saves(one, two):
+    for stage in ("sft", "reward", "preferences", "ppo", "a2c", "dpo", "evaluate"):
+        files = [sorted(str(p.relative_to(f / "tiny" / stage)) for p in (f / "tiny" / stage).rglob("*") if p.is_file())
+                 for f in (one[1], two[1])]  # fmt: skip
+        mine, theirs = ([f for f in names if "checkpoint-" not in f and "best-" not in f] for names in files)
+        assert mine == theirs, stage
+    for stage in ("ppo", "a2c", "dpo"):
+        mine, theirs = (load_file(f / "tiny" / stage / "run" / "adapter_model.safetensors") for f in (one[1], two[1]))
+        assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
+        assert all(t.isfinite().all() for t in theirs.values())
+        lines = (two[1] / "tiny" / stage / "run" / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines if "objective/kl" in line or "rewards/margins" in line]
+        assert len(steps) == len(set(steps)), stage
+    pairs = [(f / "tiny" / "preferences" / "run" / "pairs.jsonl").read_text() for f in (one[1], two[1])]
+    assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_sharding_engines_are_refused(tiny, monkeypatch, capsys, variable, name):
+    from scripts import ppo
+
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(SystemExit) as stop:
+        ppo.main(["--recipe", str(tiny)])
+    assert stop.value.code == 2
+    assert f"launched with {name}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_machines(tiny, tmp_path):
+    """Two network namespaces with an address each, one training across both."""
+    if os.geteuid() or subprocess.run(["ip", "netns", "add", "rlhf_probe"], capture_output=True).returncode:
+        pytest.skip("needs the right to make network namespaces")
+    subprocess.run(["ip", "netns", "del", "rlhf_probe"], check=True)
+    names = ["rlhf_a", "rlhf_b"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", "rlhf_va", "netns", "rlhf_a", "type", "veth", "peer", "name", "rlhf_vb", "netns", "rlhf_b")
+        for name, device, address in zip(names, ("rlhf_va", "rlhf_vb"), ("10.77.0.1", "10.77.0.2"), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        processes = [
+            launch(
+                "multi_node.yaml", "--use_cpu", "--num_processes", 2, "--machine_rank", rank, "--main_process_ip", "10.77.0.1",
+                ROOT / "tests" / "processes_worker.py", tiny, tmp_path, "every_update",
+                prefix=["ip", "netns", "exec", name], env={"GLOO_SOCKET_IFNAME": device}, wait=False,
+            )
+            for rank, (name, device) in enumerate(zip(names, ("rlhf_va", "rlhf_vb"), strict=True))
+        ]  # fmt: skip
+        for process in processes:
+            finish(process)
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text())["every_update"]["updates"] for rank in (0, 1))
+    assert [u["weights"] for u in first] == [u["weights"] for u in second]
+    assert first[0]["tokens"] != second[0]["tokens"]
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
