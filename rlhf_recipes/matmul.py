@@ -26,6 +26,7 @@ def use_onednn_on_amd() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced
         library.impl("mm", _mm, "CPU")
+        library.impl("mm.out", _mm_out, "CPU")
     _LIBRARIES.append(library)
     return True
 
@@ -35,4 +36,8 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     single = a.dtype is torch.float32 is b.dtype
     if single and a.numel() > _SMALL and b.numel() > _SMALL and a.shape[1] == b.shape[0] and b.shape[1] > 1:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.addmm(a.new_empty(a.shape[0], b.shape[1]), a, b, beta=0)  # PyTorch's own kernel
+
+
+def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return out.resize_(a.shape[0], b.shape[1]).copy_(_mm(a, b))

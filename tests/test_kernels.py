@@ -96,8 +96,9 @@ for dtype in (torch.float32, torch.float64, torch.int64, torch.bfloat16):
         a, b = torch.randn(m, k).mul(5).to(dtype), torch.randn(n, k).mul(5).to(dtype).t()
         for x in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, :k]):
             for y in (b, b.contiguous()):
-                plain = torch.mm(x, y, out=torch.empty(m, n, dtype=dtype))
+                plain = torch.addmm(torch.empty(m, n, dtype=dtype), x, y, beta=0)
                 torch.testing.assert_close(torch.mm(x, y), plain, atol=1e-3, rtol=1e-2)
+                torch.testing.assert_close(torch.mm(x, y, out=torch.empty(m, n, dtype=dtype)), plain, atol=1e-3, rtol=1e-2)
 a, b = (torch.randn(*shape, requires_grad=True) for shape in ((90, 80), (80, 70)))
 (a @ b).square().sum().backward()
 torch.testing.assert_close(a.grad, 2 * (a @ b) @ b.t())
