@@ -23,12 +23,17 @@ from unittest import mock
 import psutil
 
 from rlhf_recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from rlhf_recipes.runtime import progress_bar
 
 LORA_RANK = 16
 WIDE = {
     "model_type": "llama", "vocab_size": 151_936, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
     "num_attention_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 512,
 }  # fmt: skip
+
+
+class BenchmarkError(Exception):
+    """A measurement's process failed; the message has its last words."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,44 @@ def measure(work: Work) -> dict[str, Any]:
         command, capture_output=True, text=True, env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     )
     if done.returncode:
-        raise RuntimeError(f"{work}: exit code {done.returncode}\n{done.stderr[-4000:]}")
+        raise BenchmarkError(
+            f"{work} ended with exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(works: dict[str, Work], runs: int, title: str) -> dict:
+    """Medians over alternating processes of each side, and what ours is in units of stock's."""
+    order = [side for _ in range(runs) for side in works]
+    measured: dict[str, list[dict]] = {side: [] for side in works}
+    for side in progress_bar(order, desc=title):
+        measured[side].append(measure(works[side]))
+    result: dict = {side: _medians(measurements) for side, measurements in measured.items()}
+    numbers = ("samples_per_second", "peak_memory_mb")
+    result["ratio"] = {name: result["ours"][name] / result["stock"][name] for name in numbers}
+    floors = [m["floor_seconds"] for m in measured["ours"]]
+    result["floor_ratio"] = None if floors[0] is None else result["ours"]["seconds"] / statistics.median(floors)
+    return result
+
+
+def _medians(measurements: list[dict]) -> dict:
+    names = ("seconds", "samples_per_second", "peak_memory_mb")
+    phases = {name: statistics.median(m["phases"][name] for m in measurements) for name in measurements[0]["phases"]}
+    return {name: statistics.median(m[name] for m in measurements) for name in names} | {"phases": phases}
+
+
+def table(results: dict) -> str:
+    lines = ["| work | side | samples/s | peak memory, MB | s an update: where |", "| --- | --- | --- | --- | --- |"]
+    for name, result in results.items():
+        for side in [key for key in result if key not in ("ratio", "floor_ratio")]:
+            m = result[side]
+            where = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in m["phases"].items() if seconds >= 0.01)
+            numbers = f"{m['samples_per_second']:.1f} | {m['peak_memory_mb']:,.0f} | {m['seconds']:.2f}: {where}"
+            lines.append(f"| {name} | {side} | {numbers} |")
+        speed, memory = result["ratio"]["samples_per_second"], result["ratio"]["peak_memory_mb"]
+        floor = "" if result["floor_ratio"] is None else f"{result['floor_ratio']:.1f} times the floor"
+        lines.append(f"| {name} | **ours : stock** | **{speed:.1f}x** | **{memory:.2f}x** | {floor} |")
+    return "\n".join(lines)
 
 
 def build_wide(folder: Path) -> None:
