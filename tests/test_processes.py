@@ -111,6 +111,8 @@ def test_two_machines(tiny, tmp_path):
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
 
+    config = tmp_path / "multi_node.yaml"  # an absolute path, which `launch` takes as it is
+    config.write_text((ROOT / "accelerate_configs" / "multi_node.yaml").read_text().replace("gpu_ids: all", "use_cpu: true"))
     for name in names:
         ip("netns", "add", name)
     try:
@@ -121,7 +123,7 @@ def test_two_machines(tiny, tmp_path):
             ip("-n", name, "link", "set", "lo", "up")
         processes = [
             launch(
-                "multi_node.yaml", "--use_cpu", "--num_processes", 2, "--machine_rank", rank, "--main_process_ip", "10.77.0.1",
+                config, "--num_processes", 2, "--machine_rank", rank, "--main_process_ip", "10.77.0.1",
                 ROOT / "tests" / "processes_worker.py", tiny, tmp_path, "every_update",
                 prefix=["ip", "netns", "exec", name], env={"GLOO_SOCKET_IFNAME": device}, wait=False,
             )
