@@ -36,7 +36,6 @@ def token_statistics(
     flat = hidden.flatten(0, -2)
     reference = None if reference_hidden is None else reference_hidden.flatten(0, -2)
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-    gradient = torch.is_grad_enabled() and (flat.requires_grad or not frozen)
     vocabulary = head.weight.shape[0] if hasattr(head, "weight") else 2**15
     elements = CHUNK_ELEMENTS * (1 if hidden.device.type == "cpu" else CHUNKS_ON_GPU)
     rows = max(CHUNK_TOKENS, elements // vocabulary)
@@ -46,7 +45,7 @@ def token_statistics(
         h, y = flat[at : at + rows], targets.flatten()[at : at + rows]
         r = None if reference is None else reference[at : at + rows]
         if scratch is not None:
-            parts.append(_FrozenHead.apply(h, y, temperature, r, scratch, gradient))
+            parts.append(_FrozenHead.apply(h, y, temperature, r, scratch))
         else:
             parts.append(checkpoint(_statistics, head, h, y, temperature, r, use_reentrant=False))
     logprobs, entropy, kl = zip(*parts, strict=True)
@@ -121,8 +120,8 @@ class _FrozenHead(torch.autograd.Function):
         temperature: float,
         reference: Tensor | None,
         scratch: _Scratch,
-        gradient: bool,
     ):
+        gradient = ctx.needs_input_grad[0]
         log_pi, pi = scratch.distribution(hidden, temperature, "pi")
         logprobs = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         entropy = -torch.linalg.vecdot(pi, log_pi)
@@ -149,4 +148,4 @@ class _FrozenHead(torch.autograd.Function):
         total = by_logprob.unsqueeze(-1) * logprob_slope
         if kl_slope:
             total += by_kl.unsqueeze(-1) * kl_slope[0]
-        return (total.to(ctx.dtype), *[None] * 5)
+        return (total.to(ctx.dtype), *[None] * 4)

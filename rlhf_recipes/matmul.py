@@ -11,24 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_LIBRARIES: list[torch.library.Library] = []  # a kernel goes when its library does
 _SMALL = 4096  # elements, below which the detour costs more than it saves
 
 
 @functools.cache
-def use_onednn_on_amd() -> bool:
-    """Replaces this process's float32 CPU kernel of `torch.mm`, under its autograd, where that is faster; says whether."""
+def use_onednn_on_amd() -> torch.library.Library | None:
+    """Replaces this process's float32 CPU kernel of `torch.mm`, under its autograd, where that is faster.
+
+    Returns:
+        what holds the kernel, which goes when it does (the cache keeps it), or None where nothing was replaced.
+    """
     cpu = Path("/proc/cpuinfo")
     amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
     if not amd or torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
+        return None
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced
         library.impl("mm", _mm, "CPU")
         library.impl("mm.out", _mm_out, "CPU")
-    _LIBRARIES.append(library)
-    return True
+    return library
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -170,7 +170,10 @@ def _check_held_out(stage: str, section: dict[str, Any]) -> None:
 
 def _check_trl_loop(stage: str, section: dict[str, Any]) -> None:
     """TRL's own loop would accept and ignore what it does not know."""
-    off = {"full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no"}
+    off = {
+        "full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no",
+        "eval_on_start": False,
+    }  # fmt: skip
     unknown = [key for key, value in off.items() if section.get(key, value) != value]
     if unknown:
         switches = " ".join(f"--{stage}.{key}={str(off[key]).lower()}" for key in unknown)

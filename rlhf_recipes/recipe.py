@@ -184,6 +184,7 @@ _AT_EOS = "a completion ends at the tokenizer's eos in every stage"
 _COMPUTED = "TRL computes it from the batch sizes and the number of processes"
 _SINGLE_STEP = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
 _ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
+_SAVED = "the adapter is saved at the end of the run, and the best so far with `metric_for_best_model`"
 _NOT_READ = "PPO's loop does not read it"
 PPO_READS = frozenset((
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
@@ -197,8 +198,8 @@ _PPO_REFUSED = {
     "stop_token": _AT_EOS,
     "stop_token_id": _AT_EOS,
     "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
-    "save_strategy": "the adapter is saved at the end of the run, not during it",
-    "save_steps": "the adapter is saved at the end of the run, not during it",
+    "save_strategy": _SAVED,
+    "save_steps": _SAVED,
     "resume_from_checkpoint": "a PPO run cannot be resumed",
     "gradient_checkpointing": "PPO's loop does not use it",
     **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),

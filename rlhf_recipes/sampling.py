@@ -46,10 +46,9 @@ def sample_completions(
         cache = DynamicCache(config=trunk.config)
         for t in range(max_new_tokens):
             hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            logits = head(hidden).float() / temperature
-            tokens = sample_tokens(logits)
-            drawn = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-            logprobs[:, t] = drawn.masked_fill(ended, 0)
+            probabilities = torch.softmax(head(hidden).float() / temperature, dim=-1)
+            tokens = sample_tokens(probabilities)
+            logprobs[:, t] = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0)
             tokens = tokens.masked_fill(ended, pad)
             responses[:, t] = tokens
             ended |= tokens == eos
@@ -64,12 +63,12 @@ def sample_completions(
     return torch.cat([queries, responses], dim=1), logprobs
 
 
-def sample_tokens(logits: Tensor) -> Tensor:
-    """One draw a row from softmax(logits), by inverting the distribution function; [batch, vocabulary] -> [batch]"""
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+def sample_tokens(probabilities: Tensor) -> Tensor:
+    """One draw a row by inverting the distribution function; [batch, vocabulary] -> [batch]"""
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    chance = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * total  # below total
-    return torch.searchsorted(cumulative, chance, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    chance = torch.rand(len(probabilities), 1, dtype=torch.float64, device=probabilities.device) * total  # below total
+    return torch.searchsorted(cumulative, chance, right=True).squeeze(1).clamp(max=probabilities.shape[1] - 1)
 
 
 def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, nn.Module]:

@@ -12,24 +12,12 @@ from unittest import mock
 import torch
 from accelerate import PartialState
 
-from rlhf_recipes.configs import stage_config
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.roles import build_roles
 from rlhf_recipes.runtime import configure
-from rlhf_recipes.tasks import load_dataset, load_task
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.*
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.test_ppo_trainer import build_trainer, logs_of
+
 PROMPT, RESPONSES = [1, 70, 80], [[5 + i, 9, 30 + 7 * i, 11, 12, 13][: 1 + i % 6] + [0] * (5 - i % 6) for i in range(8)]
-
-
-def build_trainer(recipe_folder, folder, **overrides):
-    recipe = load_recipe(recipe_folder, {"ppo.total_episodes": 24, **overrides})
-    tokenizer = load_tokenizer(recipe)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
-    args = stage_config(PPOConfig, recipe, "ppo", folder, **ppo_fields(recipe, "ppo"))
-    return PPOTrainer(args, build_roles(recipe, tokenizer), prompts)
 
 
 def trained(trainer):
@@ -40,9 +28,8 @@ def fixed_gradient(recipe_folder, folder):
     """The gradient of one step on RESPONSES, each process holding its share; policy away from the reference."""
     state = PartialState()
     mine = torch.arange(state.process_index, 8, state.num_processes)
-    trainer = build_trainer(
-        recipe_folder, folder, **{"ppo.per_device_train_batch_size": len(mine), "ppo.num_ppo_epochs": 1, "ppo.full_kl": True}
-    )
+    settings = {"ppo__per_device_train_batch_size": len(mine), "ppo__num_ppo_epochs": 1, "ppo__full_kl": True}
+    trainer = build_trainer(recipe_folder, folder, **settings)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in trained(trainer).items():
@@ -64,9 +51,9 @@ def fixed_gradient(recipe_folder, folder):
 
 def every_update(recipe_folder, folder):
     """Per update: a hash of the trained weights, the sampled tokens, and this process's own means."""
-    trainer = build_trainer(recipe_folder, folder, **{"ppo.per_device_train_batch_size": 4, "ppo.num_mini_batches": 2})
-    updates, logs = [], []
-    update, log = trainer.update, trainer.log
+    settings = {"ppo__per_device_train_batch_size": 4, "ppo__num_mini_batches": 2, "ppo__total_episodes": 24}
+    trainer = build_trainer(recipe_folder, folder, **settings)
+    updates, update = [], trainer.update
 
     def watched(rollout, advantages):
         stats = update(rollout, advantages)
@@ -81,10 +68,9 @@ def every_update(recipe_folder, folder):
         return stats
 
     trainer.update = watched
-    trainer.log = lambda metrics: (logs.append(dict(metrics)), log(metrics))
     trainer.train()
     trainer.save_model(str(folder / "saved"))
-    return {"updates": updates, "logs": logs}
+    return {"updates": updates, "logs": logs_of(trainer)}
 
 
 def scripts(recipe_folder, folder):

@@ -11,24 +11,17 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainerCallback
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, lora_config
+from tests.test_ppo_trainer import Recorder
 
 # TRL averages the entropy over padding too; ours is over the response's tokens.
 OURS_ONLY = {"policy/entropy_avg", "eps"}
-
-
-class Recorder(TrainerCallback):
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.logs.append(dict(logs))
 
 
 class FullReward(nn.Module):
@@ -44,9 +37,9 @@ class FullReward(nn.Module):
         return logits[torch.arange(len(last)), last, 0]
 
 
-def as_generate_does(logits):
+def as_generate_does(probabilities):
     """`sample_tokens` with the random numbers of transformers' `generate`, so that both loops draw the same tokens."""
-    return torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(1)
+    return torch.multinomial(probabilities, num_samples=1).squeeze(1)
 
 
 def classifier(recipe, seed):
