@@ -131,3 +131,41 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     recorded = log.read_bytes()
     for word in RECORDED[stage]:
         assert word.encode() in recorded, word
+
+
+def test_the_benchmark_measures_both_sides(tiny, tmp_path, capsys):
+    from scripts import benchmark
+
+    file = tmp_path / "figures.json"
+    model = tiny / "checkpoints" / "backbone"
+    words = [
+        "--model",
+        model,
+        "--kinds",
+        "ppo",
+        "dpo",
+        "--batch",
+        4,
+        "--runs",
+        1,
+        "--updates",
+        1,
+        "--threads",
+        1,
+        "--json",
+        file,
+    ]
+    benchmark.main(list(map(str, words)))
+    figures = json.loads(file.read_text())
+    assert list(figures) == ["backbone", "backbone-dpo"]
+    for name, result in figures.items():
+        for side in ("ours", "stock", "stock_onednn"):
+            assert result[side]["samples_per_second"] == pytest.approx(4 / result[side]["seconds"])
+            assert sum(result[side]["phases"].values()) == pytest.approx(result[side]["seconds"], rel=0.05)
+        for number in ("samples_per_second", "peak_memory_mb"):
+            assert result["ratio"][number] == pytest.approx(result["ours"][number] / result["stock"][number])
+        assert (result["floor_ratio"] is None) == (name == "backbone-dpo")
+    assert capsys.readouterr().out.count("ours : stock") == 2
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--json", str(file)])
+    assert stop.value.code == 2
