@@ -6,7 +6,8 @@ One gradient step on each rollout, at which every probability ratio is 1: no cli
 of -A log pi + vf_coef * (V - return)^2 / 2. Leaves the same files as scripts/ppo.py, in outputs/<task>/a2c/<run>/.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("a2c", __doc__)

@@ -7,7 +7,8 @@ Trains on `preferences.path`, on the task's own pairs (`preferences.source: task
 in outputs/<task>/dpo/<run>/.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("dpo", __doc__)

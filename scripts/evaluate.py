@@ -9,7 +9,8 @@ By default the reference, best-of-n and the latest run of each policy stage; any
 Every number has a 95% interval. Writes evaluation.json and samples.jsonl to outputs/<task>/evaluate/<run>/.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("evaluate", __doc__)

@@ -6,7 +6,8 @@ Policy, reference, value and reward share one frozen backbone. Ends with held-ou
 side, and leaves adapter, metrics, samples and summary in outputs/<task>/ppo/<run>/.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("ppo", __doc__)

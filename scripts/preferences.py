@@ -6,7 +6,8 @@ Writes pairs.jsonl (prompt, chosen, rejected, both rewards, and the token ids th
 outputs/<task>/preferences/<run>/. `--resume` goes on with the latest run, `--resume FOLDER` with that one.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("preferences", __doc__)

@@ -9,13 +9,15 @@ By default of the latest run of scripts/evaluate.py; of any other one with
 Writes report.html (one file, works offline) and report.md with its plots as PNG to outputs/<task>/report/<run>/.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("report", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.report import evaluation_folder, load_report_data, write_report
+    from rlhf_recipes.report import write_report
+    from rlhf_recipes.report_data import evaluation_folder, load_report_data
     from rlhf_recipes.runs import Run
 
     data = load_report_data(evaluation_folder(recipe))

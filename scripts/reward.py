@@ -6,7 +6,8 @@ Pairs come from the task's `load_preferences`; the loss is -log sigmoid(r(chosen
 pairwise accuracy, by length where the pairs name one in a column `words`.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("reward", __doc__)

@@ -6,7 +6,8 @@ With `sft.from_scratch: true` it trains a new tokenizer and a new model of `mode
 LoRA adapter on `model.path` and merges it: the result is the next stages' backbone, and so their reference.
 """
 
-from rlhf_recipes.recipe import Recipe, command
+from rlhf_recipes.command_line import command
+from rlhf_recipes.recipe import Recipe
 
 
 @command("sft", __doc__)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from rlhf_recipes import recipe as recipe_module
-from rlhf_recipes.recipe import SECTIONS, RecipeError, load_recipe, parse_command_line
+from rlhf_recipes.command_line import parse_command_line
+from rlhf_recipes.recipe import SECTIONS, RecipeError, load_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
 ROOT = Path(__file__).resolve().parent.parent

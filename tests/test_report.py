@@ -13,20 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from rlhf_recipes.report import (
-    curve_plots,
-    differing_settings,
-    frontier_plot,
-    gold_plot,
-    headline,
-    load_report_data,
-    plotly_figure,
-    render_html,
-    render_markdown,
-    sqrt_ticks,
-    table_metrics,
-    write_report,
-)
+from rlhf_recipes.report import headline, render_html, render_markdown, table_metrics, write_report
+from rlhf_recipes.report_data import load_report_data
+from rlhf_recipes.report_plots import curve_plots, differing_settings, frontier_plot, gold_plot, plotly_figure, sqrt_ticks
 
 EVIL = "<script>alert(1)</script> </script> <!-- | `x` ![i](http://x.example/i.png)"
 FOREIGN = "<b>foreign</b> $x$"  # HTML to plotly, a formula to matplotlib

@@ -1,0 +1,131 @@
+"""A script's command line: the recipe, overrides of any of its keys, --help and --dry-run; mistakes end in exit code 2.
+
+Nothing heavy is imported here: a wrong key is answered in well under a second.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_recipes.recipe import (
+    DEFAULT_RECIPE,
+    OWNER_OF,
+    SECTIONS,
+    Recipe,
+    RecipeError,
+    load_recipe,
+    nearest,
+    read_yaml,
+    refused_keys,
+    section_of,
+)
+from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    recipe: Path
+    overrides: dict[str, Any]
+    dry_run: bool
+    help: bool
+
+
+def parse_command_line(argv: list[str]) -> CommandLine:
+    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value`, with = or a space."""
+    recipe, overrides, flags = DEFAULT_RECIPE, {}, set()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("--help", "-h", "--dry-run"):
+            flags.add(word.lstrip("-")[0])
+            continue
+        if not word.startswith("--"):
+            raise RecipeError(f"{word}: expected --recipe, --resume, --dry-run, --help or --section.key=value")
+        key, equals, value = word[2:].partition("=")
+        if key not in ("recipe", "resume") and "." not in key:
+            near = nearest(key, ["recipe", "resume", "dry-run", "help"])
+            raise RecipeError(f"--{key}: unknown option{near or '; an override is --section.key=value'}")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif key == "resume":
+                value = "latest"
+            else:
+                raise RecipeError(f"--{key}: a value is missing; write --{key}=VALUE")
+        if key == "recipe":
+            recipe = Path(value)
+        elif key == "resume":
+            overrides["run.resume"] = value
+        else:  # given twice, the last one holds
+            overrides[key] = read_yaml(value, f"--{key}")
+    return CommandLine(recipe, overrides, dry_run="d" in flags, help="h" in flags)
+
+
+def help_text(stage: str, doc: str) -> str:
+    """Usage, the shared sections' keys with defaults, and the stage's TRL fields."""
+    lines = [
+        doc.strip(),
+        "",
+        "options:",
+        "  --recipe PATH          a recipe's folder (default: recipes/imdb)",
+        "  --resume [RUN]         go on with the latest run of the stage, or with that run's folder",
+        "  --dry-run              print the resolved recipe, the memory estimate and the checks; write nothing",
+        "  --section.key VALUE    override any key below",
+        "",
+        "shared keys:",
+    ]
+    for name, cls in SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
+            lines.append(f"  --{name + '.' + f.name:<28} {f.metadata['doc']} ({default})")
+    section = section_of(stage)
+    if section in CONFIG_SOURCES:
+        lines += ["", f"keys of `{section}`, TRL's own names (default):"]
+        unusable = OWNER_OF.keys() | refused_keys(section).keys()
+        own = {k: v for k, v in stage_fields(section).items() if k not in unusable}
+        lines += [f"  --{section}.{key} ({f.default})" for key, f in own.items()]
+    return "\n".join(lines)
+
+
+def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callable[[list[str] | None], Any]]:
+    """Makes `run(recipe)` a script's `main(argv=None)`: reads the recipe, answers --help and --dry-run, and turns a
+    `RecipeError` into one line on stderr and exit code 2."""
+
+    def decorate(run: Callable[[Recipe], Any]) -> Callable[[list[str] | None], Any]:
+        @functools.wraps(run)
+        def main(argv: list[str] | None = None) -> Any:
+            try:
+                line = parse_command_line(sys.argv[1:] if argv is None else argv)
+                if line.help:
+                    print(help_text(stage, doc))
+                    return None
+                recipe = load_recipe(line.recipe, line.overrides)
+                from rlhf_recipes.preflight import check, describe
+
+                if line.dry_run:
+                    print(describe(recipe, stage))
+                check(recipe, stage)
+                if line.dry_run:
+                    print("# checks: paths, special tokens, lengths and batch sizes are in order; nothing was written")
+                    return None
+                from rlhf_recipes.runtime import configure
+
+                configure(recipe.run.seed)
+                return run(recipe)
+            except RecipeError as error:
+                _fail(error)
+
+        return main
+
+    return decorate
+
+
+def _fail(error: RecipeError) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
