@@ -12,12 +12,12 @@ from typing import Any
 
 from rlhf_recipes.report_data import (
     METRICS,
-    STYLES,
     TRAINED,
     Interval,
     ReportData,
 )
 from rlhf_recipes.report_plots import (
+    STYLES,
     curve_plots,
     frontier_plot,
     gold_plot,

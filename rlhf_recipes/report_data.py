@@ -83,7 +83,7 @@ class Policy:
     """One row of the evaluation, with what its run folder says about its training (nothing, for a foreign model)."""
 
     name: str
-    kind: str  # a key of STYLES
+    kind: str  # a key of report_plots.STYLES
     metrics: dict[str, Interval]
     beta: float | None = None
     seed: int | None = None
@@ -103,24 +103,6 @@ class ReportData:
     samples: list[dict[str, Any]]  # the rows of samples.jsonl
 
 
-@dataclass(frozen=True)
-class Style:
-    label: str
-    colour: str
-    marker: str  # plotly's name
-    label_side: str  # where the label of a beta or an n stands
-
-
-# Okabe and Ito's colours, told apart under every common colour blindness; the marker says the same again.
-STYLES = {
-    "ppo": Style("PPO", "#0072B2", "circle", "top left"),
-    "a2c": Style("A2C", "#E69F00", "square", "bottom right"),
-    "dpo": Style("DPO", "#009E73", "diamond", "bottom left"),
-    "other": Style("other", "#CC79A7", "triangle-up", "top right"),
-    "reference": Style("reference", "#222222", "x", "top right"),
-    "best-of-n": Style("best-of-n", "#767676", "circle", "bottom right"),
-}
-OPTIMAL_COLOUR = "#222222"
 TRAINED = ("ppo", "a2c", "dpo", "other")
 
 ONLINE_CURVES = {

@@ -18,16 +18,33 @@ from rlhf_recipes.report_data import (
     CURVES,
     METRICS,
     ONLINE_CURVES,
-    OPTIMAL_COLOUR,
-    STYLES,
     TRAINED,
     Interval,
     OptimalPoint,
     Policy,
     ReportData,
-    Style,
 )
 from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
+
+
+@dataclass(frozen=True)
+class Style:
+    label: str
+    colour: str
+    marker: str  # plotly's name
+    label_side: str  # where the label of a beta or an n stands
+
+
+# Okabe and Ito's colours, told apart under every common colour blindness; the marker says the same again.
+STYLES = {
+    "ppo": Style("PPO", "#0072B2", "circle", "top left"),
+    "a2c": Style("A2C", "#E69F00", "square", "bottom right"),
+    "dpo": Style("DPO", "#009E73", "diamond", "bottom left"),
+    "other": Style("other", "#CC79A7", "triangle-up", "top right"),
+    "reference": Style("reference", "#222222", "x", "top right"),
+    "best-of-n": Style("best-of-n", "#767676", "circle", "bottom right"),
+}
+OPTIMAL_COLOUR = "#222222"
 
 
 @dataclass(frozen=True)
