@@ -1,18 +1,26 @@
 """DPO on a LoRA policy: TRL's DPOTrainer on the recipe's own roles and on the very tokens that were sampled."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
+from trl.trainer import dpo_trainer as trl_dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf_recipes.configs import DPOConfig
+from rlhf_recipes.engines import whole_model
 from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.roles import Roles
+from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
+
+
+def _as_it_is(model: Any, accelerator: Any) -> Any:
+    """The reference has no weights of its own to shard, and its log-probabilities are read before the policy's are."""
+    return model
 
 
 class Collator(DataCollatorForPreference):
@@ -39,14 +47,18 @@ class DPOTrainer(trl.DPOTrainer):
         self.smoothed = any(train_dataset["label_smoothing"])
         if self.smoothed and args.loss_type != ["sigmoid"]:
             raise RecipeError("these pairs carry `preferences.label` expected, which only `dpo.loss_type` [sigmoid] can use")
-        super().__init__(
-            model=roles.policy,
-            ref_model=roles.reference,
-            args=args,
-            train_dataset=train_dataset,
-            processing_class=roles.tokenizer,
-            data_collator=Collator(roles.tokenizer.pad_token_id, max_length=args.max_length),
-        )
+        with (
+            mock.patch.object(trl_dpo_trainer, "prepare_fsdp", _as_it_is),
+            mock.patch.object(trl_dpo_trainer, "prepare_deepspeed", _as_it_is),
+        ):
+            super().__init__(
+                model=roles.policy,
+                ref_model=roles.reference,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=roles.tokenizer,
+                data_collator=Collator(roles.tokenizer.pad_token_id, max_length=args.max_length),
+            )
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's would tokenise text again
@@ -82,6 +94,18 @@ class DPOTrainer(trl.DPOTrainer):
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
+
+    def whole_roles(self, recipe: Recipe) -> Roles:
+        """The roles with the trained policy; new ones where an engine took the policy apart, with the weights they share."""
+        roles = self.roles
+
+        def build() -> Any:
+            nonlocal roles
+            roles = build_roles(recipe, roles.tokenizer)
+            return roles.policy
+
+        whole_model(self, build)
+        return roles
 
     @torch.no_grad()
     def reference_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:

@@ -23,18 +23,13 @@ _COUNTS = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
     "local_rollout_forward_batch_size", "rounds",
 }  # fmt: skip
+ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check(recipe: Recipe, stage: str) -> None:
     """Raises RecipeError for the first thing that would stop `stage` later, and says what to change."""
-    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise RecipeError(
-                f"launched with {engine}, which takes the backbone's weights apart or wraps them; here policy, reference, "
-                f"value and reward are adapters on one frozen copy of them, and their own optimizer state is too small to be "
-                f"worth sharding. Launch with accelerate_configs/multi_gpu.yaml (DDP)"
-            )
+    _check_engine(recipe, stage)
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     if recipe.run.resume is not None and stage != "preferences":
@@ -61,6 +56,26 @@ def check(recipe: Recipe, stage: str) -> None:
     if stage == "dpo":
         _check_dpo(recipe)
     _check_pad(recipe)
+
+
+def _check_engine(recipe: Recipe, stage: str) -> None:
+    """FSDP and DeepSpeed, which `accelerate launch` announces in the environment."""
+    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() != "true":
+            continue
+        if stage not in ENGINES_FOR:
+            raise RecipeError(
+                f"launched with {engine}, which takes the backbone's weights apart; {stage} samples from adapters on one "
+                f"frozen copy of them that every role shares, and their own optimizer state is too small to be worth "
+                f"sharding. Launch with accelerate_configs/multi_gpu.yaml (DDP); {', '.join(ENGINES_FOR)} can be sharded"
+            )
+        if engine == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise RecipeError("launched with FSDP 1, which is not supported; launch with accelerate_configs/fsdp2.yaml")
+        if stage == "dpo" and recipe.stages["dpo"].get("rounds", 1) > 1:
+            raise RecipeError(
+                f"`dpo.rounds` above 1 samples from the policy between trainings, which {engine} has then taken apart; give "
+                f"--dpo.rounds=1, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
+            )
 
 
 def _check_architecture(recipe: Recipe) -> None:

@@ -171,6 +171,13 @@ def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
     return classifier.requires_grad_(False)
 
 
+def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
+    """What a supervised stage trains: the backbone ("CAUSAL_LM") or a classifier over it ("SEQ_CLS") with a new adapter."""
+    backbone = load_backbone(recipe)
+    model = build_classifier(backbone) if task_type == "SEQ_CLS" else backbone
+    return get_peft_model(model, lora_config(recipe, task_type, training=True))
+
+
 def load_reward(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterReward:
     """The reward adapter and score head of `reward.adapter` over the backbone's frozen weights."""
     path = recipe.path(recipe.reward.adapter)

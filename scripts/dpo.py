@@ -52,6 +52,7 @@ def main(recipe: Recipe) -> dict:
         trainer.train()
         pairs = None
 
+    roles = trainer.whole_roles(recipe)
     run.save_adapter(roles.policy, run.folder)
     return judge_policy(run, roles, held_out, optional_gold(task))
 

@@ -13,15 +13,17 @@ from rlhf_recipes.recipe import Recipe
 @command("reward", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from peft import get_peft_model
+    from functools import partial
+
     from trl import RewardConfig, RewardTrainer
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_pairs
+    from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
     from rlhf_recipes.rewards import AdapterReward
-    from rlhf_recipes.roles import build_classifier, load_backbone, lora_config
+    from rlhf_recipes.roles import load_with_new_adapter
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
@@ -31,8 +33,8 @@ def main(recipe: Recipe) -> dict:
         for split in ("train", "eval")
     )
 
-    backbone = load_backbone(recipe)
-    model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS", training=True))
+    build = partial(load_with_new_adapter, recipe, "SEQ_CLS")
+    model = build()
     model.config.pad_token_id = tokenizer.pad_token_id
 
     run = Run.prepare(recipe, "reward")
@@ -42,9 +44,9 @@ def main(recipe: Recipe) -> dict:
     watch(trainer, run)
     trainer.train()
 
-    reward = AdapterReward(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer.pad_token_id)
-    accuracy = pairwise_accuracy(reward, evaluation, recipe.evaluate.batch_size)
-    run.save_adapter(reward.model, run.folder / "adapter")
+    model = whole_model(trainer, build)
+    accuracy = pairwise_accuracy(AdapterReward(model.eval(), tokenizer.pad_token_id), evaluation, recipe.evaluate.batch_size)
+    run.save_adapter(model, run.folder / "adapter")
     return run.finish({"train_pairs": len(train), "eval_pairs": len(evaluation), "eval_accuracy": accuracy})
 
 

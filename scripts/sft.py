@@ -14,15 +14,16 @@ from rlhf_recipes.recipe import Recipe
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     import math
+    from functools import partial
 
-    from peft import get_peft_model
     from trl import SFTTrainer
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, stage_config
     from rlhf_recipes.data import load_tokenizer, train_tokenizer
+    from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
-    from rlhf_recipes.roles import build_backbone, load_backbone, lora_config
+    from rlhf_recipes.roles import build_backbone, load_with_new_adapter
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
@@ -32,10 +33,11 @@ def main(recipe: Recipe) -> dict:
     from_scratch = recipe.stages["sft"].get("from_scratch", False)
     if from_scratch:
         tokenizer = train_tokenizer(train["text"], recipe.model.architecture["vocab_size"])
-        model = build_backbone(recipe, tokenizer)
+        build = partial(build_backbone, recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(recipe)
-        model = get_peft_model(load_backbone(recipe), lora_config(recipe, "CAUSAL_LM", training=True))
+        build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
+    model = build()
 
     run = Run.prepare(recipe, "sft")
     args = stage_config(SFTConfig, recipe, "sft", run.folder)
@@ -47,7 +49,7 @@ def main(recipe: Recipe) -> dict:
     trainer.train()
 
     loss = trainer.evaluate()["eval_loss"]
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = whole_model(trainer, build)
     model = model if from_scratch else model.merge_and_unload()
     run.write_lines("samples.jsonl", sample_texts(model.eval(), tokenizer, task, recipe))
     run.save_backbone(model, tokenizer)

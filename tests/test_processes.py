@@ -89,15 +89,51 @@ def test_every_stage_runs_and_saves_once_what_one_process_saves(one, two):
     assert pairs[0] == pairs[1]
 
 
+@pytest.fixture(scope="module")
+def unsharded(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unsharded")
+    launch("multi_cpu.yaml", ROOT / "tests" / "sharded_worker.py", tiny, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "wrapper", "sharded"),
+    [
+        ("fsdp2", "FSDPPeftModel", True),
+        # of ZeRO-3, this model's weights are all below the size from which it shards
+        pytest.param("zero2", "DeepSpeedEngine", False, marks=pytest.mark.slow),
+        pytest.param("zero3", "DeepSpeedEngine", False, marks=pytest.mark.slow),
+    ],
+)
+def test_engines_that_shard_train_what_ddp_trains(tiny, tmp_path, unsharded, config, wrapper, sharded):
+    if wrapper == "DeepSpeedEngine":
+        pytest.importorskip("deepspeed")
+    file = tmp_path / f"{config}.yaml"
+    use_cpu = "use_cpu: true\n" if config == "fsdp2" else ""  # DeepSpeed is told by DS_ACCELERATOR
+    file.write_text((ROOT / "accelerate_configs" / file.name).read_text() + use_cpu)
+    worker = ROOT / "tests" / "sharded_worker.py"
+    launch(file, "--num_processes", 2, worker, tiny, tmp_path, env={"DS_ACCELERATOR": "cpu"})
+    held = json.loads((tmp_path / "rank0.json").read_text())
+    assert held.keys() == {"sft", "reward", "dpo"}
+    assert all(name.startswith(wrapper) and (parts > 20) == sharded for name, parts in held.values()), held
+    for weights in ("sft/run/model/model", "reward/run/adapter/adapter_model", "dpo/run/adapter_model"):
+        mine, theirs = (load_file(f / "tiny" / f"{weights}.safetensors") for f in (tmp_path, unsharded))
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(mine[name], theirs[name], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
-def test_sharding_engines_are_refused(tiny, monkeypatch, capsys, variable, name):
-    from scripts import ppo
+def test_stages_that_cannot_be_sharded_say_why(tiny, monkeypatch, capsys, variable, name):
+    from scripts import dpo, ppo
 
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(SystemExit) as stop:
-        ppo.main(["--recipe", str(tiny)])
-    assert stop.value.code == 2
-    assert f"launched with {name}" in capsys.readouterr().err
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for script, more, message in ((ppo, [], f"launched with {name}"), (dpo, ["--dpo.rounds=2"], "`dpo.rounds` above 1")):
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--recipe", str(tiny), *more])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
