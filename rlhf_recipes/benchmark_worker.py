@@ -32,7 +32,7 @@ from rlhf_recipes.lora import use_lean_lora
 from rlhf_recipes.ppo_trainer import trl_ppo, trl_ppo_trainer
 from rlhf_recipes.preferences import tokenize_preferences
 from rlhf_recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.rewards import AdapterReward, Rewards, Term
 from rlhf_recipes.roles import Roles, build_classifier, build_roles, lora_config
 from rlhf_recipes.runtime import configure
 from rlhf_recipes.tasks import load_dataset, load_task
@@ -140,15 +140,15 @@ def _ppo_values(work: Work, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _random_reward(recipe: Recipe, backbone: Any, tokenizer: Any) -> AdapterReward:
-    """`load_reward` with random weights, so that any model can be measured."""
+def _random_reward(recipe: Recipe, backbone: Any, tokenizer: Any) -> Rewards:
+    """`load_rewards` with random weights, so that any model can be measured."""
     model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS")).requires_grad_(False).eval()
     use_lean_lora(model)
-    return AdapterReward(model, tokenizer.pad_token_id)
+    return Rewards({"reward": Term(AdapterReward(model, tokenizer.pad_token_id))})
 
 
 def _our_roles(recipe: Recipe) -> Roles:
-    with mock.patch.object(roles, "load_reward", _random_reward):
+    with mock.patch.object(roles, "load_rewards", _random_reward):
         return build_roles(recipe, load_tokenizer(recipe))
 
 

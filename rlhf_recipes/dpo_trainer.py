@@ -101,7 +101,8 @@ class DPOTrainer(trl.DPOTrainer):
 
         def build() -> Any:
             nonlocal roles
-            roles = build_roles(recipe, roles.tokenizer)
+            before, roles = roles, build_roles(recipe, roles.tokenizer)
+            roles.reward = before.reward
             return roles.policy
 
         whole_model(self, build)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_recipes.objective import kl_divergence, objective_value, optimal_objective, optimal_policy
 from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.rewards import Samples
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.sampling import response_forward, response_mask
 
@@ -71,14 +72,17 @@ def enumerate_policy(
         )
     completions = completions_of(tokens, eos, pad, length).to(roles.policy.device)
     columns: list[list[Tensor]] = [[], [], []]
-    for prompt in prompts["input_ids"]:
+    for row in prompts:
+        prompt = row["input_ids"]
         query = torch.tensor(prompt, device=completions.device).expand(len(completions), -1)
         sequences = torch.cat([query, completions], dim=1)
         mask = response_mask(completions, pad)
         for column, model in zip(columns, (policy, roles.reference), strict=False):
             output = response_forward(model, sequences, query.shape[1], pad, recipe.sampling.temperature)
             column.append((output.logprobs.double() * mask).sum(1))
-        columns[2].append(roles.reward(sequences).double())
+        others = {name: [value] * len(sequences) for name, value in row.items() if name not in ("prompt", "input_ids")}
+        samples = Samples(sequences, query.shape[1], tokenizer, [row["prompt"]] * len(sequences), others)
+        columns[2].append(roles.reward(samples).total.double())
     log_pi, log_ref, rewards = (torch.stack(column).cpu() for column in columns)
     for log_p in (log_pi, log_ref):
         total = log_p.exp().sum(-1)

@@ -1,8 +1,9 @@
 """Judging policies on held-out prompts: reward, gold, KL, the objective, and whether the text is still text."""
 
+import asyncio
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.data import tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
-from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, stop_together
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar
@@ -33,7 +35,9 @@ class Completions:
     ids: the completions' token ids, eos included where there is one.
     kl, kl_k3: estimates of KL(pi(.|x) || pi_ref(.|x)) in nats from each completion: k1 = log pi(y|x) - log pi_ref(y|x),
         and k3 summed over tokens (objective.token_kl).
+    reward: what is maximised; NaN where no reward has an opinion.
     length: tokens, eos included.
+    terms: each reward's own score, before weights and shaping.
     """
 
     ids: list[list[list[int]]]
@@ -43,15 +47,20 @@ class Completions:
     kl_k3: Tensor
     length: Tensor
     gold: Tensor | None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self, beta: float) -> dict[str, float]:
-        """reward, gold, kl, objective = reward - beta * kl and length, means over all; distinct_2 over all texts."""
-        reward, kl = self.reward.mean().item(), self.kl.mean().item()
+        """reward, gold, kl, objective = reward - beta * kl and length, means over all; distinct_2 over all texts.
+
+        Of several rewards also each one's mean, as reward_<name>.
+        """
+        reward, kl = self.reward.nanmean().item(), self.kl.mean().item()
         return {
             "reward": reward,
             **({} if self.gold is None else {"gold": self.gold.mean().item()}),
             "kl": kl,
             "objective": reward - beta * kl,
+            **({f"reward_{name}": own.nanmean().item() for name, own in self.terms.items()} if len(self.terms) > 1 else {}),
             "length": self.length.float().mean().item(),
             "distinct_2": distinct_n([text for row in self.texts for text in row], 2),
         }
@@ -95,18 +104,25 @@ def complete(
     state = PartialState()
     mine = range(state.process_index, len(batches), state.num_processes)
     seed = recipe.run.seed if seed is None else seed
-    judged = []
+    judged: list[tuple[int, dict[str, list]]] = []
+    failure = None
     with torch.random.fork_rng():
         for at in progress_bar(mine, show=title is not None and state.is_main_process, desc=title, leave=False):
             torch.manual_seed(seed * 1_000_003 + at)
-            judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
+            try:
+                judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
+            except RewardError as error:
+                failure = error
+                break
+    stop_together(failure)
     if state.num_processes > 1:
         judged = sorted(gather_object(judged), key=lambda pair: pair[0])
     columns = {name: [value for _, batch in judged for value in batch[name]] for name in judged[0][1]}
     grouped = {name: [values[i : i + samples] for i in range(0, len(values), samples)] for name, values in columns.items()}
     tensors = {name: torch.tensor(grouped[name]) for name in ("reward", "kl", "kl_k3", "length")}
     scores = torch.tensor(grouped["gold"]) if gold is not None else None
-    return Completions(grouped["ids"], grouped["texts"], gold=scores, **tensors)
+    terms = {name: torch.tensor(grouped[f"reward {name}"]) for name in roles.reward.terms}
+    return Completions(grouped["ids"], grouped["texts"], gold=scores, terms=terms, **tensors)
 
 
 def _judge_batch(
@@ -131,20 +147,47 @@ def _judge_batch(
             response_forward(model, sequences, context, pad, temperature).logprobs for model in (policy, roles.reference)
         )
         kl, kl_k3 = (sequence_kl(log_pi, log_ref, mask, estimator) for estimator in ("k1", "k3"))
-    ids = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
+    samples = Samples(sequences, context, tokenizer, prompts["prompt"][:], columns)
+    scores = roles.reward(samples)
     batch = {
-        "ids": ids,
-        "texts": texts,
-        "reward": roles.reward(sequences).tolist(),
+        "ids": [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)],
+        "texts": samples.texts,
+        "reward": scores.total.masked_fill(~scores.valid, torch.nan).tolist(),
         "kl": kl.tolist(),
         "kl_k3": kl_k3.tolist(),
         "length": mask.sum(1).tolist(),
+        **{f"reward {name}": own.tolist() for name, own in scores.terms.items()},
     }
     if gold is not None:
-        columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
-        batch["gold"] = list(gold(prompts["prompt"][:], texts, **columns))
+        own, _ = asyncio.run(FunctionReward(gold).score(samples))
+        batch["gold"] = own.tolist()
     return batch
+
+
+def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
+    """Tells the rewards where failures go, and with `reward.normalize` measures each one's mean and deviation.
+
+    That is over a completion by the reference of each of the first `reward.normalize_prompts` training prompts, with a seed of
+    its own, so all stages of a recipe find the same numbers.
+    """
+    recipe = run.recipe
+    roles.reward.folder = run.folder
+    if not recipe.reward.normalize:
+        return
+    prompts = load_dataset(task, "load_prompts", "train")
+    prompts = tokenize_prompts(prompts, roles.tokenizer, recipe.data.max_prompt_tokens, recipe.reward.normalize_prompts)
+    judged = complete(roles.reference, roles, prompts, recipe, title="the reference's rewards", measure_kl=False)
+    for name, term in roles.reward.terms.items():
+        known = judged.terms[name][~judged.terms[name].isnan()]
+        deviation = known.std().item() if len(known) > 1 else 0.0
+        if deviation == 0:
+            raise RecipeError(
+                f"`reward.normalize`: `{name}` gives the reference's {len(known)} completions one and the same score; switch "
+                f"it off"
+            )
+        term.mean, term.deviation = known.mean().item(), deviation
+        run.say(f"the reference's `{name}`: mean {term.mean:.3f}, deviation {term.deviation:.3f}")
 
 
 def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:

@@ -68,14 +68,14 @@ def generalized_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: f
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true; a scalar."""
-    return (values * mask).sum() / mask.sum()
+    """Mean of `values` where `mask` is true, 0 where it is nowhere; a scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whitening_scale(values: Tensor, mask: Tensor) -> Tensor:
     """1 / standard deviation of `values` under `mask`, with Bessel's correction as in TRL; a scalar."""
     squares = (values - masked_mean(values, mask)).square() * mask
-    return torch.rsqrt(squares.sum() / (mask.sum() - 1) + 1e-8)
+    return torch.rsqrt(squares.sum() / (mask.sum() - 1).clamp(min=1) + 1e-8)
 
 
 # --- the optimum -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 from rlhf_recipes.callbacks import watch
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.evaluation import complete, judge_policy
+from rlhf_recipes.evaluation import complete, judge_policy, prepare_rewards
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, episodes_per_update, ppo_fields
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import build_roles
@@ -29,6 +29,7 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     run = Run.prepare(recipe, stage)
     args = stage_config(PPOConfig, recipe, stage, run.folder, **ppo_fields(recipe, stage))
     run.start()
+    prepare_rewards(roles, task, run)
 
     def judge() -> dict[str, float]:
         return complete(roles.policy, roles, held_out, recipe, gold).means(recipe.objective.beta)

@@ -34,9 +34,9 @@ from transformers import DataCollatorWithPadding
 
 from rlhf_recipes.objective import generalized_advantages, masked_mean, token_kl, whitening_scale
 from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores, stop_together
 from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
-from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, response_mask, sample_completions
+from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, sample_completions
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental import ppo as trl_ppo
@@ -99,9 +99,11 @@ class StockReward(nn.Module):
 
     base_model_prefix = "trunk"
 
-    def __init__(self, reward: AdapterReward) -> None:
+    def __init__(self, rewards: Rewards) -> None:
         super().__init__()
-        self.pad_token_id, self.prefix_scores = reward.pad_token_id, reward.prefix_scores
+        adapter = rewards.adapter
+        assert adapter is not None, "TRL's own loop takes one reward adapter; preflight.py refuses others"
+        self.pad_token_id, self.prefix_scores = adapter.pad_token_id, adapter.prefix_scores
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> types.SimpleNamespace:
         ids = input_ids.masked_fill(~attention_mask, self.pad_token_id)  # TRL has put 0 in place of pads
@@ -115,8 +117,8 @@ class StockReward(nn.Module):
 class Rollout:
     """One batch of experience; all but the first two and `scores` are [batch, response].
 
-    `mask` marks the response's tokens, eos included. `value_mask` marks one position more where there is room: the state
-    after the last token, where TRL puts the score.
+    `mask` marks the response's tokens, eos included, of rows that have a score. `value_mask` marks one position more where
+    there is room: the state after the last token, where TRL puts the score.
     """
 
     query_responses: Tensor  # [batch, context + response]
@@ -128,7 +130,7 @@ class Rollout:
     baseline: Tensor | None  # the reward model's score of the text so far, with `reward_baseline`; part of `values`
     kl: Tensor  # by `kl_estimator` or `full_kl`
     reference_hidden: Tensor | None  # [batch, response, hidden], for `full_kl`
-    scores: Tensor  # [batch], the reward model's, less `missing_eos_penalty` without eos
+    scores: Scores
 
     @property
     def responses(self) -> Tensor:
@@ -136,12 +138,12 @@ class Rollout:
 
     @property
     def value_mask(self) -> Tensor:
-        return after_mask(self.mask)
+        return after_mask(self.mask, self.scores.valid)
 
 
-def after_mask(mask: Tensor) -> Tensor:
-    """`mask` and one position more where there is room; [batch, response]"""
-    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+def after_mask(mask: Tensor, valid: Tensor) -> Tensor:
+    """`mask` and one position more where there is room, of the rows that are `valid` [batch]; [batch, response]"""
+    return torch.cat([valid.unsqueeze(1), mask[:, :-1]], dim=1)
 
 
 @dataclass
@@ -159,7 +161,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     Args:
         args: the config; `kl_coef` is beta.
         roles: policy, reference, value and reward (roles.py).
-        train_dataset: with a column `input_ids`, the prompts' token ids.
+        train_dataset: with columns `prompt` and `input_ids`, its token ids; others reach python rewards.
         callbacks: transformers callbacks.
         judge: returns the metrics of the policy on held-out prompts, for `eval_strategy: steps`.
     """
@@ -175,7 +177,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         callbacks: list | None = None,
         judge: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        self.roles, self.judge = roles, judge
+        self.roles, self.judge, self.prompts = roles, judge, train_dataset
         stock = args.loop == "trl"
         # TRL's constructor wraps policy and value in a class whose forward runs two trunks; ours takes its place.
         wrapper = trl_ppo_trainer.PolicyAndValueWrapper if stock else PolicyAndValue
@@ -187,7 +189,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 ref_model=roles.reference,
                 reward_model=StockReward(roles.reward) if stock else roles.reward,
                 value_model=roles.value,
-                train_dataset=train_dataset.select_columns(["input_ids"]),
+                train_dataset=train_dataset.select_columns(["input_ids"]).add_column("row", range(len(train_dataset))),
                 data_collator=DataCollatorWithPadding(roles.tokenizer),
                 callbacks=callbacks,
             )
@@ -210,7 +212,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         batches = self._batches()
         for _ in range(args.num_total_batches):
             started = time.perf_counter()
-            rollout = self.rollout(next(batches))
+            rollout = self.rollout(*next(batches))
             rewards = self.rewards(rollout)
             advantages = self.advantages(rollout, rewards)
             stats = self.update(rollout, advantages)
@@ -254,14 +256,20 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         if before is not None and self.accelerator.is_main_process:
             shutil.rmtree(before)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[tuple[Tensor, dict[str, list]]]:
+        """Queries [batch, context], and their rows of the dataset."""
         while True:
             for batch in self.dataloader:
-                yield batch["input_ids"].to(self.accelerator.device)
+                yield batch["input_ids"].to(self.accelerator.device), self.prompts[batch["row"].tolist()]
 
     @torch.no_grad()
-    def rollout(self, queries: Tensor) -> Rollout:
-        """Samples a response to each query [batch, context] and reads what every role says of it."""
+    def rollout(self, queries: Tensor, rows: dict[str, list]) -> Rollout:
+        """Samples a response to each query and reads what every role says of it.
+
+        Args:
+            queries: padded on the left, [batch, context].
+            rows: the dataset's columns of the same prompts.
+        """
         args, pad = self.args, self.processing_class.pad_token_id
         policy_and_value = self.accelerator.unwrap_model(self.model)
         context = queries.shape[1]
@@ -275,16 +283,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
             output, values = policy_and_value(chunk, context, pad, args.temperature, reference.hidden if args.full_kl else None)
             kl = output.kl if args.full_kl else token_kl(output.logprobs, reference.logprobs, args.kl_estimator)
-            prefix_scores = self.reward_model.prefix_scores(chunk) if args.reward_baseline else None
-            scores = self.reward_model(chunk) if prefix_scores is None else prefix_scores[:, -1]
-            baseline = torch.zeros_like(values) if prefix_scores is None else prefix_scores[:, context - 1 : -1]
-            parts.append((output.logprobs, kl, reference.hidden, values, baseline, scores))
-        logprobs, kl, reference_hidden, values, baseline, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-        responses = query_responses[:, context:]
-        mask = response_mask(responses, pad)
-        if args.missing_eos_penalty is not None:
-            ended = (responses == self.processing_class.eos_token_id).any(1)
-            scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+            parts.append((output.logprobs, kl, reference.hidden, values))
+        logprobs, kl, reference_hidden, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        columns = {name: values for name, values in rows.items() if name not in ("prompt", "input_ids")}
+        samples = Samples(query_responses, context, self.processing_class, rows["prompt"], columns)
+        scores = self._scores_of(samples)
+        baseline = torch.zeros_like(values) if scores.prefix is None else scores.prefix[:, context - 1 : -1]
+        mask = samples.mask & scores.valid.unsqueeze(1)
         return Rollout(
             query_responses=query_responses,
             context_length=context,
@@ -293,10 +298,21 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             sampling_logprobs=sampling_logprobs,
             kl=kl * mask,
             reference_hidden=reference_hidden if args.full_kl else None,
-            values=(values + baseline) * after_mask(mask),
-            baseline=baseline if args.reward_baseline else None,
+            values=(values + baseline) * after_mask(mask, scores.valid),
+            baseline=None if scores.prefix is None else baseline,
             scores=scores,
         )
+
+    def _scores_of(self, samples: Samples) -> Scores:
+        """The rewards of this process's rollout; a failing one stops all processes."""
+        args, scores, failure = self.args, None, None
+        try:
+            scores = self.reward_model(samples, args.local_rollout_forward_batch_size, prefix=args.reward_baseline)
+        except RewardError as error:
+            failure = error
+        stop_together(failure)
+        assert scores is not None
+        return scores
 
     def rewards(self, rollout: Rollout) -> Tensor:
         """r_t = -beta * KL_t, plus the score in the state after the response's last token; [batch, response].
@@ -305,7 +321,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         With the full KL, r_t holds KL_{t+1}: the KL at t does not depend on the token chosen at t, and its gradient is a
         term of the loss.
         """
-        args, scores = self.args, rollout.scores
+        args, scores = self.args, rollout.scores.total
         rewards = -args.kl_coef * rollout.kl
         if args.full_kl:
             rewards = nn.functional.pad(rewards[:, 1:], (0, 1))
@@ -355,8 +371,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return {name: torch.stack(values) for name, values in stats.items()}
 
     def _count(self, mask: Tensor) -> Tensor:
-        """The mean over processes of how many positions `mask` marks, so that DDP's mean gradient is the large batch's."""
-        return self.accelerator.reduce(mask.sum().float(), "mean")
+        """The mean over processes of how many positions `mask` marks, so that DDP's mean gradient is the large batch's; at
+        least 1, since a minibatch may have no row with a score."""
+        return self.accelerator.reduce(mask.sum().float(), "mean").clamp(min=1)
 
     def loss(
         self, rollout: Rollout, advantages: Advantages, rows: Tensor, tokens: Tensor, states: Tensor
@@ -415,16 +432,18 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         args, accelerator = self.args, self.accelerator
 
         def mean(values: Tensor) -> float:
-            return accelerator.gather_for_metrics(values.float().mean()).mean().item()
+            return accelerator.gather_for_metrics(values.float().mean()).nanmean().item()
 
-        sequence_kl = rollout.kl.sum(1)
+        scores, valid = rollout.scores.total, rollout.scores.valid
+        sequence_kl, entropy = rollout.kl.sum(1), -(rollout.logprobs * rollout.mask).sum(1)
         ratios = accelerator.gather_for_metrics(stats["val/ratio"])
         return {
-            "objective/kl": mean(sequence_kl),
-            "objective/entropy": mean(-(rollout.logprobs * rollout.mask).sum(1)),
-            "objective/non_score_reward": mean(-args.kl_coef * sequence_kl),
-            "objective/rlhf_reward": mean(rollout.scores - args.kl_coef * sequence_kl),
-            "objective/scores": mean(rollout.scores),
+            "objective/kl": mean(masked_mean(sequence_kl, valid)),
+            "objective/entropy": mean(masked_mean(entropy, valid)),
+            "objective/non_score_reward": mean(-args.kl_coef * masked_mean(sequence_kl, valid)),
+            "objective/rlhf_reward": mean(masked_mean(scores - args.kl_coef * sequence_kl, valid)),
+            "objective/scores": mean(masked_mean(scores, valid)),
+            **{name: mean(value) for name, value in rollout.scores.metrics().items()},
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
             "val/num_eos_tokens": int(accelerator.reduce((rollout.responses == self.processing_class.eos_token_id).sum())),
@@ -463,6 +482,7 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "kl_coef": recipe.objective.beta,
         "response_length": recipe.data.max_completion_tokens,
         "temperature": recipe.sampling.temperature,
+        "missing_eos_penalty": recipe.reward.missing_eos_penalty,  # of TRL's own loop; in ours it is the reward's
         "stop_token": "eos",
         "num_sample_generations": 0,
         # the trainer keeps the best itself, in `_keep_if_best`; transformers refuses to load the best after "no"

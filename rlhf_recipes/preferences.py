@@ -38,8 +38,8 @@ def sample_pairs(
         seed: of sampling and labels, beside the slice's number.
 
     Returns:
-        {"prompts", "pairs", "identical", "label_agreement"}: the pairs dropped because both completions were the same, and
-        the share of pairs whose chosen completion has the higher reward.
+        {"prompts", "pairs", "identical", "unjudged", "label_agreement"}: the pairs dropped because both completions were the
+        same or one has no reward, and the share of pairs whose chosen completion has the higher reward.
     """
     recipe, section = run.recipe, run.recipe.preferences
     per_slice = max(1, 4 * section.batch_size // (2 * section.pairs_per_prompt))
@@ -53,22 +53,26 @@ def sample_pairs(
             slice_seed = seed * 100_003 + number
             judged = complete(policy, roles, rows, recipe, samples=2 * section.pairs_per_prompt, seed=slice_seed,
                               batch_size=section.batch_size, measure_kl=False)  # fmt: skip
-            pairs, identical = label_pairs(rows, judged, section.label, slice_seed)
+            pairs, dropped = label_pairs(rows, judged, section.label, slice_seed)
             run.write_lines(name, pairs)
             agree = sum(p["chosen_reward"] > p["rejected_reward"] for p in pairs)
             end = (run.folder / name).stat().st_size if run.main else 0
-            done.append({"file": name, "pairs": len(pairs), "identical": identical, "agree": agree, "end": end})
+            done.append({"file": name, "pairs": len(pairs), **dropped, "agree": agree, "end": end})
             run.write_lines(_PROGRESS, done[-1:])
         bar.update(len(rows))
     bar.close()
     PartialState().wait_for_everyone()  # the file is whole before anyone reads it
     pairs = sum(line["pairs"] for line in done)
     if pairs == 0:
-        raise RecipeError("both completions of every pair are the same: nothing to learn from; raise `sampling.temperature`")
+        raise RecipeError(
+            "both completions of every pair are the same, or a reward has no opinion on one: nothing to learn from; raise "
+            "`sampling.temperature`"
+        )
     return {
         "prompts": len(prompts),
         "pairs": pairs,
         "identical": sum(line["identical"] for line in done),
+        "unjudged": sum(line["unjudged"] for line in done),
         "label_agreement": sum(line["agree"] for line in done) / pairs,
     }
 
@@ -90,7 +94,7 @@ def _finished_slices(file: Path, progress: Path, name: str) -> list[dict[str, An
     return done
 
 
-def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) -> tuple[list[dict[str, Any]], int]:
+def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Pairs the completions 0 and 1, 2 and 3, ... of each prompt and labels them.
 
     Args:
@@ -100,19 +104,22 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
             loss is the mean over Bradley-Terry's draws.
 
     Returns:
-        the pairs, and how many were dropped because both completions have the same tokens.
+        the pairs, and how many were dropped: `identical` completions, or one of them `unjudged` by every reward.
     """
     generator = torch.Generator().manual_seed(seed)
-    pairs, identical = [], 0
+    pairs, dropped = [], {"identical": 0, "unjudged": 0}
     for i, (prompt, prompt_ids) in enumerate(zip(prompts["prompt"], prompts["input_ids"], strict=True)):
         for first in range(0, judged.reward.shape[1], 2):
             r = judged.reward[i, first : first + 2]
+            if r.isnan().any():
+                dropped["unjudged"] += 1
+                continue
             first_wins = torch.sigmoid(r[0] - r[1])
             chance = first_wins if label == "bradley_terry" else (r[0] >= r[1]).float()
             chosen = first if torch.rand((), generator=generator) < chance else first + 1
             rejected = 2 * first + 1 - chosen
             if judged.ids[i][chosen] == judged.ids[i][rejected]:
-                identical += 1
+                dropped["identical"] += 1
                 continue
             pairs.append({
                 "prompt": prompt,
@@ -125,7 +132,7 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
                 "chosen_ids": judged.ids[i][chosen],
                 "rejected_ids": judged.ids[i][rejected],
             })  # fmt: skip
-    return pairs, identical
+    return pairs, dropped
 
 
 def load_pairs(file: Path) -> Dataset:

@@ -46,13 +46,17 @@ def check(recipe: Recipe, stage: str) -> None:
         return
     _check_folder(recipe, "model.path", recipe.model.path, "config.json")
     if stage not in ("sft", "reward"):
-        _check_folder(recipe, "reward.adapter", recipe.reward.adapter, "adapter_config.json")
+        for term in recipe.reward.all_terms():
+            if term.adapter:
+                _check_folder(recipe, "reward.adapter", term.adapter, "adapter_config.json")
+            if term.model:
+                _check_folder(recipe, "reward.model", term.model, "config.json")
         _check_lengths(recipe)
     for key in _COUNTS & section.keys():
         if section[key] is not None and section[key] < 1:
             raise RecipeError(f"`{section_of(stage)}.{key}`: expected at least 1, got {section[key]}")
     if stage in ("ppo", "a2c"):
-        _check_online(stage, section)
+        _check_online(recipe, stage, section)
     if stage == "dpo":
         _check_dpo(recipe)
     _check_pad(recipe)
@@ -142,7 +146,7 @@ def _check_dpo(recipe: Recipe) -> None:
         _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
 
 
-def _check_online(stage: str, section: dict[str, Any]) -> None:
+def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
     per_device = section.get("per_device_train_batch_size", 8)
     local = per_device * section.get("gradient_accumulation_steps", 1)
     minibatches = section.get("num_mini_batches", 1)
@@ -152,8 +156,13 @@ def _check_online(stage: str, section: dict[str, Any]) -> None:
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
     _check_held_out(stage, section)
+    if section.get("reward_baseline") and not any(term.adapter for term in recipe.reward.all_terms()):
+        raise RecipeError(
+            f"`{stage}.reward_baseline` reads unfinished text, which a reward adapter can; `reward` has none: give "
+            f"--{stage}.reward_baseline=false"
+        )
     if section.get("loop") == "trl":
-        _check_trl_loop(stage, section)
+        _check_trl_loop(recipe, stage, section)
     if section.get("whiten_rewards"):
         if local // minibatches < 8:
             raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
@@ -183,8 +192,14 @@ def _check_held_out(stage: str, section: dict[str, Any]) -> None:
         raise RecipeError(f"`{stage}.load_best_model_at_end` needs `{stage}.metric_for_best_model`, such as objective")
 
 
-def _check_trl_loop(stage: str, section: dict[str, Any]) -> None:
+def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
     """TRL's own loop would accept and ignore what it does not know."""
+    reward, (term, *others) = recipe.reward, recipe.reward.all_terms()
+    if others or not term.adapter or term.weight != 1 or reward.normalize or reward.clip or reward.length_penalty:
+        raise RecipeError(
+            f"`{stage}.loop` trl: TRL's own loop knows one reward model and `reward.missing_eos_penalty` alone; give one "
+            f"`reward.adapter`, without weight, normalize, clip and length_penalty"
+        )
     off = {
         "full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no",
         "eval_on_start": False,

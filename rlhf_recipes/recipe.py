@@ -61,11 +61,83 @@ class LoraSection:
 
 
 @dataclass(frozen=True)
-class RewardSection:
-    """What is maximised."""
+class RewardTerm:
+    """One reward: an adapter on the backbone, a model of its own, or a function of task.py."""
 
-    adapter: str = _key("a LoRA adapter and score head trained by scripts/reward.py on this backbone")
-    read_eos: bool = _key("the reward model sees the end-of-sequence token of a finished text", True)
+    adapter: str | None = _key("a LoRA adapter and score head trained by scripts/reward.py on this backbone", None)
+    model: str | None = _key("any sequence classifier with its own tokenizer: a Hub id, or a folder", None)
+    function: bool | str | None = _key("a function of task.py by its name; true means `reward`", None)
+    name: str | None = _key("in the metrics; default: the last part of the path, or the function's name", None)
+    weight: float = _key("in the sum of several rewards", 1.0)
+    read_eos: bool = _key("the adapter sees the end-of-sequence token of a finished text", True)
+    label: int | str | None = _key("the column of the model's output; needed where it has several", None)
+    probability: bool = _key("the model's softmax (of one label: sigmoid) instead of its logit", False)
+    pair: bool = _key("the model's tokenizer gets prompt and completion as two segments", False)
+    max_length: Positive | None = _key("tokens the model reads; a longer text loses its beginning", None)
+    on_error: Literal["stop", "skip"] = _key("where a function fails: stop the run, or leave the row out", "stop")
+
+    @property
+    def function_name(self) -> str | None:
+        """None without one."""
+        return "reward" if self.function is True else self.function or None
+
+    @property
+    def title(self) -> str:
+        path = self.adapter or self.model or self.function_name or ""
+        return self.name or path.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class RewardSection(RewardTerm):
+    """What is maximised: one reward, or a weighted sum."""
+
+    terms: list[dict[str, Any]] | None = _key("several rewards, each a mapping of the keys above, in place of those", None)
+    normalize: bool = _key("each reward less its mean over its deviation, of the reference on training prompts", False)
+    normalize_prompts: Positive = _key("training prompts that `normalize` samples a completion of, the first of them", 256)
+    clip: Annotated[float, Gt(0)] | None = _key("limits the sum to -clip and clip, after normalising", None)
+    length_penalty: float = _key("taken off for each token of the completion", 0.0)
+    missing_eos_penalty: Annotated[float, Ge(0)] | None = _key("taken off a completion without an end", None)
+
+    @property
+    def adapter_reads_eos(self) -> bool:
+        """What scripts/reward.py trains the adapter to read."""
+        return next((term.read_eos for term in self.all_terms() if term.adapter), self.read_eos)
+
+    def all_terms(self) -> list[RewardTerm]:
+        """The rewards of the sum.
+
+        Raises:
+            RecipeError: there are none, one names no or several sources, or two have one name.
+        """
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(RewardTerm)}
+        if self.terms is None:
+            terms = [RewardTerm(**own)]
+        else:
+            changed = [f.name for f in dataclasses.fields(RewardTerm) if own[f.name] != f.default]
+            if changed:
+                raise RecipeError(f"`reward.terms`: then `reward.{changed[0]}` belongs into one of them")
+            terms = [_build_term(i, values) for i, values in enumerate(self.terms)]
+        for i, term in enumerate(terms):
+            where = "`reward`" if self.terms is None else f"`reward.terms[{i}]`"
+            sources = [key for key in ("adapter", "model", "function") if getattr(term, key)]
+            if len(sources) != 1:
+                named = " and ".join(sources) or "none"
+                raise RecipeError(f"{where} needs one of adapter, model and function, and names {named}")
+        titles = [term.title for term in terms]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise RecipeError(f"`reward.terms`: two are named {title}; give one a `name`")
+        if not terms:
+            raise RecipeError("`reward.terms` is empty; give at least one reward")
+        return terms
+
+
+def _build_term(i: int, values: dict[str, Any]) -> RewardTerm:
+    hints, where = typing.get_type_hints(RewardTerm, include_extras=True), f"reward.terms[{i}]"
+    for key in values:
+        if key not in hints:
+            raise RecipeError(f"unknown key `{where}.{key}`{nearest(str(key), hints)}")
+    return RewardTerm(**{key: _coerce(value, hints[key], f"`{where}.{key}`") for key, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -174,7 +246,8 @@ OWNER_OF = {
     "fp16": "model.dtype",
     "model_init_kwargs": "model",
     "sft_model_path": "model.path",
-    "reward_model_path": "reward.adapter",
+    "reward_model_path": "reward.model",
+    "missing_eos_penalty": "reward.missing_eos_penalty",
 }
 
 # Fields of TRL's configs that would be accepted and ignored; better refused with the reason.
@@ -188,7 +261,7 @@ PPO_READS = frozenset((
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
     "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "cliprange", "vf_coef", "cliprange_value",
+    "max_grad_norm", "kl_estimator", "whiten_rewards", "cliprange", "vf_coef", "cliprange_value",
     "gamma", "lam", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
     "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
 ))  # fmt: skip
@@ -407,6 +480,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             raise RecipeError(message) from None
 
     sections = {name: build(name, _build_section) for name in SECTIONS}
+    try:
+        sections["reward"].all_terms()
+    except RecipeError as error:
+        blame = next((o for (s, _), o in origin.items() if s == "reward"), str(file))
+        raise RecipeError(f"{blame}: {error}") from None
     stages = {name: build(name, _build_stage) for name in STAGES}
     return Recipe(folder=folder, stages=stages, **sections)
 

@@ -1,13 +1,118 @@
-"""Reward models: token ids in, one score a row out."""
+"""Rewards: what is maximised, one number a completion, a weighted sum of reward models and python functions.
 
-from typing import Any
+    r(x, y) = clip( sum_i w_i (r_i(x, y) - m_i) / s_i ) - length_penalty * tokens - missing_eos_penalty * [no eos]
+
+m_i and s_i are the mean and deviation of r_i over the reference's completions of training prompts with
+`reward.normalize`, else 0 and 1.
+"""
+
+import asyncio
+import inspect
+import json
+import math
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_recipes.recipe import RecipeError
+
+Prompt = str | list[dict[str, str]]  # text, or chat messages
+
+
+@dataclass
+class Samples:
+    """Completions to be scored.
+
+    sequences: prompt + completion as token ids, padded on both sides, [batch, context + response]
+    prompts: as the task gave them
+    columns: the dataset's other columns, a list of `batch` values each
+    """
+
+    sequences: Tensor
+    context_length: int
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    columns: dict[str, list] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: slice) -> "Samples":
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, sequences=self.sequences[rows], prompts=self.prompts[rows], columns=columns)
+
+    @property
+    def responses(self) -> Tensor:
+        return self.sequences[:, self.context_length :]
+
+    @property
+    def mask(self) -> Tensor:
+        """True on the completion's tokens, eos included; [batch, response]"""
+        return (self.responses != self.tokenizer.pad_token_id).cummin(dim=1).values
+
+    @property
+    def ended(self) -> Tensor:
+        """Whether the completion has an eos, [batch]"""
+        return (self.responses == self.tokenizer.eos_token_id).any(1)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The completions as text."""
+        return [
+            self.tokenizer.decode(row[keep], skip_special_tokens=True)
+            for row, keep in zip(self.responses, self.mask, strict=True)
+        ]
+
+
+@dataclass
+class Scores:
+    """What the rewards say of a batch.
+
+    total: r(x, y), [batch]; 0 where not valid
+    valid: false where no reward has an opinion, or one failed with `on_error: skip`: such a row is not learned from, [batch]
+    terms: name -> the term's own score before weight and normalisation, NaN without an opinion, [batch]
+    prefix: r of the text up to and with each position as far as adapters can tell, before clipping and penalties,
+        [batch, context + response]; only if asked for
+    parts: name -> share or size of what shaping did, for the metrics, [batch]
+    """
+
+    total: Tensor
+    valid: Tensor
+    terms: dict[str, Tensor]
+    parts: dict[str, Tensor]
+    prefix: Tensor | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`rewards/<name>/mean` and `/std` as TRL's GRPO names them, and the means of `parts`."""
+        metrics = {}
+        for name, scores in self.terms.items():
+            known = scores[~scores.isnan()]
+            metrics[f"rewards/{name}/mean"] = known.mean()
+            metrics[f"rewards/{name}/std"] = (known - known.mean()).square().mean().sqrt()
+        return metrics | {f"rewards/{name}": values.float().mean() for name, values in self.parts.items()}
+
+
+class RewardError(RecipeError):
+    """A python reward raised, or returned what is no score. `rows` are the completions that did it."""
+
+    rows: list[dict[str, Any]]
+
+
+# --- the kinds of rewards ----------------------------------------------------------------------------------------
 
 
 class AdapterReward(nn.Module):
-    """r(x, y): a LoRA adapter and score head on the shared backbone, read at the last real token.
+    """A LoRA adapter and score head on the shared backbone, read at the last real token.
 
     Args:
         model: a PEFT sequence classifier with one label.
@@ -26,6 +131,9 @@ class AdapterReward(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def score(self, samples: Samples) -> Tensor:
+        return self(samples.sequences)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Scores `input_ids` [batch, tokens] (prompt + completion, padded anyhow); returns float32 [batch]."""
@@ -55,3 +163,260 @@ class AdapterReward(nn.Module):
 
     def _score(self, hidden: Tensor) -> Tensor:
         return self.model.get_base_model().score(hidden.float()).squeeze(-1)
+
+
+class ModelReward(nn.Module):
+    """Any sequence classifier with a tokenizer of its own, which reads the text of prompt and completion.
+
+    Args:
+        label: the column of its output.
+        probability: the softmax (of one label: sigmoid) instead of the logit.
+        max_length: tokens; a longer text loses its beginning.
+        pair: prompt and completion as the tokenizer's two segments instead of one text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label: int = 0,
+        probability: bool = False,
+        max_length: int | None = None,
+        pair: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.label, self.probability, self.max_length, self.pair = label, probability, max_length, pair
+
+    @torch.no_grad()
+    def score(self, samples: Samples) -> Tensor:
+        inputs = self._tokenize(samples.prompts, samples.texts).to(self.model.device)
+        logits = self.model(**inputs).logits.float()
+        if self.probability:
+            logits = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
+        return logits[:, self.label].to(samples.sequences.device)
+
+    def _tokenize(self, prompts: list[Prompt], texts: list[str]):
+        padded = {"padding": True, "truncation": self.max_length is not None, "max_length": self.max_length}
+        if is_chat(prompts):
+            messages = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, texts, strict=True)]
+            whole = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in messages]
+            return self.tokenizer(whole, add_special_tokens=False, return_tensors="pt", **padded)
+        if self.pair:
+            return self.tokenizer(prompts, texts, return_tensors="pt", **padded | {"truncation": "only_first"})
+        return self.tokenizer([f"{p}{t}" for p, t in zip(prompts, texts, strict=True)], return_tensors="pt", **padded)
+
+
+class FunctionReward:
+    """A python reward of task.py: `reward(prompts, completions, **columns)` -> a score, or None for "no opinion", a row.
+
+    It may be async. Chat prompts are message lists, and so are the completions then, as in TRL's GRPO.
+    """
+
+    def __init__(self, function: Callable[..., Any], on_error: Literal["stop", "skip"] = "stop") -> None:
+        self.function, self.on_error = function, on_error
+
+    async def score(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Scores, NaN for None, and which rows failed; both [batch].
+
+        Raises:
+            RewardError: with `on_error: stop`, at an exception or a value that is no score.
+        """
+        try:
+            returned = await self._call(samples)
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            returned = await self._one_by_one(samples, error)
+        complaints = [_complaint(value) for value in returned]
+        if self.on_error == "stop" and any(complaints):
+            raise self._failure(samples, complaints)
+        scores = [math.nan if value is None or _complaint(value) else float(value) for value in returned]
+        return torch.tensor(scores), torch.tensor([complaint is not None for complaint in complaints])
+
+    async def _call(self, samples: Samples) -> list:
+        completions: list[Any] = samples.texts
+        if is_chat(samples.prompts):
+            completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
+        if inspect.iscoroutinefunction(self.function):
+            returned = await self.function(samples.prompts, completions, **samples.columns)
+        else:
+            returned = await asyncio.to_thread(self.function, samples.prompts, completions, **samples.columns)
+        returned = list(returned)
+        if len(returned) != len(samples):
+            raise ValueError(f"returned {len(returned)} scores for {len(samples)} completions")
+        return returned
+
+    async def _one_by_one(self, samples: Samples, error: Exception) -> list:
+        """The scores of the rows that do not raise, and what those raise that do; `error` if that is none of them."""
+        returned: list[Any] = []
+        for i in range(len(samples)):
+            try:
+                returned += await self._call(samples[i : i + 1])
+            except Exception as own:  # noqa: BLE001 - a user's function may raise anything
+                returned.append(own)
+        if not any(isinstance(value, Exception) for value in returned):
+            return [error] * len(samples)
+        return returned
+
+    def _failure(self, samples: Samples, complaints: list[str | None]) -> RewardError:
+        rows = [
+            {"prompt": prompt, "completion": text, "what": complaint}
+            for prompt, text, complaint in zip(samples.prompts, samples.texts, complaints, strict=True)
+            if complaint
+        ]
+        failure = RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)")
+        failure.rows = rows
+        return failure
+
+
+def _complaint(value: Any) -> str | None:
+    """What is wrong with a value that a reward returned; None if it is a score or None."""
+    if value is None:
+        return None
+    if isinstance(value, Exception):
+        frames = traceback.extract_tb(value.__traceback__)
+        where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return f"{type(value).__name__}: {value}{where}"
+    try:
+        return None if math.isfinite(value) else f"returned {value}"
+    except TypeError:
+        return f"returned {value!r}, which is no number"
+
+
+def is_chat(prompts: list[Prompt]) -> bool:
+    return bool(prompts) and not isinstance(prompts[0], str)
+
+
+# --- their sum ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Term:
+    """One reward of the sum; normalised as (score - mean) / deviation."""
+
+    scorer: Any  # AdapterReward, ModelReward or FunctionReward
+    weight: float = 1.0
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        return self.weight * (scores - self.mean) / self.deviation
+
+
+class Rewards(nn.Module):
+    """The formula at the top of this file.
+
+    Args:
+        terms: by name.
+        folder: where completions that a python reward failed on are written; None writes none.
+    """
+
+    def __init__(
+        self,
+        terms: dict[str, Term],
+        clip: float | None = None,
+        length_penalty: float = 0.0,
+        missing_eos_penalty: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.terms = terms
+        self.clip, self.length_penalty, self.missing_eos_penalty = clip, length_penalty, missing_eos_penalty
+        self.models = nn.ModuleList([term.scorer for term in terms.values() if isinstance(term.scorer, nn.Module)])
+        self.folder: Path | None = None
+
+    @property
+    def adapter(self) -> AdapterReward | None:
+        """The reward adapter where it is all there is, unshaped: what TRL's own loop can take."""
+        [term, *others] = self.terms.values()
+        shaped = others or self.clip or self.length_penalty or (term.weight, term.mean, term.deviation) != (1, 0, 1)
+        return None if shaped or not isinstance(term.scorer, AdapterReward) else term.scorer
+
+    @torch.no_grad()
+    def forward(self, samples: Samples, batch_size: int | None = None, prefix: bool = False) -> Scores:
+        """Scores completions.
+
+        Args:
+            batch_size: rows that a model reads at a time; a function gets all of them at once.
+            prefix: fill `Scores.prefix`.
+
+        Raises:
+            RewardError: see `FunctionReward`.
+        """
+        device = samples.sequences.device
+        functions = {name: term.scorer for name, term in self.terms.items() if isinstance(term.scorer, FunctionReward)}
+        with ThreadPoolExecutor(1) as background:  # functions wait for what they ask while models compute
+            answers = background.submit(asyncio.run, self._ask(functions, samples)) if functions else None
+            raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
+            failed = torch.zeros(len(samples), dtype=torch.bool)
+            for name, (scores, failures) in zip(functions, answers.result() if answers else [], strict=True):
+                raw[name] = scores.to(device)
+                failed |= failures
+        raw = {name: raw[name] for name in self.terms}  # in the recipe's order
+        shaped = torch.stack([term.shaped(raw[name]) for name, term in self.terms.items()])
+        valid = ~shaped.isnan().all(0) & ~failed.to(device)
+        total = shaped.nansum(0)
+        parts: dict[str, Tensor] = {}
+        if self.clip is not None:
+            parts["clipped"] = total.abs() > self.clip
+            total = total.clamp(-self.clip, self.clip)
+        if self.length_penalty:
+            parts["length_penalty"] = self.length_penalty * samples.mask.sum(1)
+            total = total - parts["length_penalty"]
+        if self.missing_eos_penalty is not None:
+            parts["missing_eos_penalty"] = self.missing_eos_penalty * ~samples.ended
+            total = total - parts["missing_eos_penalty"]
+        if functions:
+            parts["skipped"] = ~valid
+        return Scores(total.masked_fill(~valid, 0), valid, raw, parts, prefix_sum)
+
+    async def _ask(self, functions: dict[str, FunctionReward], samples: Samples) -> list[tuple[Tensor, Tensor]]:
+        """All functions' answers, waited for at the same time."""
+
+        async def ask(name: str) -> tuple[Tensor, Tensor]:
+            try:
+                return await functions[name].score(samples)
+            except RewardError as failure:
+                where = self._write(name, failure)
+                rows = failure.rows
+                failure = RewardError(
+                    f"the reward `{name}` failed: {failure}{where}; `on_error: skip` would leave such rows out"
+                )
+                failure.rows = rows
+                raise failure from None
+
+        return await asyncio.gather(*map(ask, functions))
+
+    def _write(self, name: str, failure: RewardError) -> str:
+        if self.folder is None:
+            return ""
+        file = self.folder / f"failed_reward-{name}-{PartialState().process_index}.json"
+        file.write_text(json.dumps(failure.rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return f"; prompt and completion are in {file}"
+
+    def _read_models(self, samples: Samples, batch_size: int, prefix: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Each model's own scores; and, if asked for, the adapters' shaped sum at every position."""
+        raw: dict[str, Tensor] = {}
+        prefix_sum = torch.zeros(samples.sequences.shape, device=samples.sequences.device) if prefix else None
+        for name, term in self.terms.items():
+            if isinstance(term.scorer, FunctionReward):
+                continue
+            parts = []
+            for at in range(0, len(samples), batch_size):
+                rows = slice(at, at + batch_size)
+                if prefix_sum is not None and isinstance(term.scorer, AdapterReward):
+                    scores = term.scorer.prefix_scores(samples.sequences[rows])
+                    prefix_sum[rows] += term.shaped(scores)
+                    parts.append(scores[:, -1])
+                else:
+                    parts.append(term.scorer.score(samples[rows]))
+            raw[name] = torch.cat(parts)
+        return raw, prefix_sum
+
+
+def stop_together(failure: RewardError | None) -> None:
+    """Raises on every process the failure that one of them has; call it on all of them."""
+    failures = gather_object([None if failure is None else str(failure)]) if PartialState().num_processes > 1 else [failure]
+    first = next((message for message in failures if message is not None), None)
+    if failure is not None:
+        raise failure
+    if first is not None:
+        raise RewardError(first)

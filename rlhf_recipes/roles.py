@@ -20,13 +20,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf_recipes.lora import use_lean_lora
-from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm
+from rlhf_recipes.rewards import AdapterReward, FunctionReward, ModelReward, Rewards, Term
+from rlhf_recipes.tasks import load_task, task_function
 
 
 class Reference(nn.Module):
@@ -94,7 +96,7 @@ class Roles:
     policy: PeftModel
     reference: Reference
     value: ValueHead
-    reward: AdapterReward
+    reward: Rewards
 
 
 def load_backbone(recipe: Recipe) -> PreTrainedModel:
@@ -178,16 +180,59 @@ def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
     return get_peft_model(model, lora_config(recipe, task_type, training=True))
 
 
-def load_reward(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterReward:
-    """The reward adapter and score head of `reward.adapter` over the backbone's frozen weights."""
-    path = recipe.path(recipe.reward.adapter)
+def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rewards:
+    """The recipe's `reward`: adapters over the backbone's frozen weights, models of their own, functions of task.py."""
+    terms = {}
+    for spec in recipe.reward.all_terms():
+        if spec.adapter:
+            scorer: Any = load_adapter_reward(recipe, spec, backbone, tokenizer)
+        elif spec.model:
+            scorer = load_model_reward(recipe, spec)
+        else:
+            scorer = FunctionReward(task_function(load_task(recipe), str(spec.function_name)), spec.on_error)
+        terms[spec.title] = Term(scorer, spec.weight)
+    section = recipe.reward
+    return Rewards(terms, section.clip, section.length_penalty, section.missing_eos_penalty)
+
+
+def load_adapter_reward(
+    recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> AdapterReward:
     try:
-        model = PeftModel.from_pretrained(build_classifier(backbone), path)
+        model = PeftModel.from_pretrained(build_classifier(backbone), recipe.path(str(spec.adapter)))
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"`reward.adapter` {recipe.reward.adapter}: does not fit {recipe.model.path}: {error}") from error
+        raise RecipeError(f"the reward's `adapter` {spec.adapter}: does not fit {recipe.model.path}: {error}") from error
     use_lean_lora(model)
-    eos = None if recipe.reward.read_eos else tokenizer.eos_token_id
+    eos = None if spec.read_eos else tokenizer.eos_token_id
     return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
+
+
+def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
+    """A sequence classifier and its tokenizer.
+
+    Raises:
+        RecipeError: it cannot be loaded, or it has several labels and `label` names none of them.
+    """
+    where, path = f"the reward's `model` {spec.model}", recipe.path(str(spec.model))
+    try:
+        dtype = getattr(torch, recipe.model.dtype)
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="right")  # right suits any model
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{where}: cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    labels = dict(model.config.id2label)
+    by_name = {str(name): index for index, name in labels.items()}
+    label = next(iter(labels)) if spec.label is None and len(labels) == 1 else by_name.get(str(spec.label), spec.label)
+    if not isinstance(label, int) or label not in labels:
+        named = ", ".join(f"{index} ({name})" for index, name in labels.items())
+        raise RecipeError(f"{where}: `label` {spec.label!r} is none of its labels: {named}")
+    longest = min(spec.max_length or tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
+    model = model.requires_grad_(False).eval().to(PartialState().device)
+    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair)
 
 
 def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:
@@ -208,7 +253,7 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
         policy: a trained adapter to start from; None starts a new one, at which policy equals reference exactly.
     """
     backbone = load_backbone(recipe)
-    reward = load_reward(recipe, backbone, tokenizer)
+    reward = load_rewards(recipe, backbone, tokenizer)
     torch.manual_seed(recipe.run.seed)  # the same start whatever was built before, here and below
     value_role = build_value(recipe, backbone, value)
     if policy is None:

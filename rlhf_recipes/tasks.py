@@ -1,8 +1,10 @@
 """Loads a recipe's task.py and checks what its functions return."""
 
+import functools
 import importlib.util
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -25,7 +27,13 @@ def load_task(recipe: Recipe) -> types.ModuleType:
     file = recipe.folder / "task.py"
     if not file.is_file():
         raise RecipeError(f"{file}: no such file; a recipe's task.py gives its data (see recipes/imdb/task.py)")
-    spec = importlib.util.spec_from_file_location(f"task_{recipe.task}", file)
+    return _import(file.resolve(), file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _import(file: Path, modified: int) -> types.ModuleType:
+    """The module of a file as it was `modified`, one a process: what it has read once, it need not read again."""
+    spec = importlib.util.spec_from_file_location(f"task_{file.parent.name}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -109,6 +109,10 @@ def evaluation_of(judged: dict[str, Completions], policies: list[Judged], recipe
         policies: what to report, in this order.
     """
     beta, reference = recipe.objective.beta, judged["reference"]
+    for name, completions in judged.items():
+        unjudged = int(completions.reward.isnan().sum())
+        if unjudged:
+            raise RecipeError(f"the reward has no opinion on {unjudged} completions of {name}; a yardstick needs one on each")
     optimum = estimate_optimum(judged, beta)
     from_reference = estimate_optimum({"reference": reference}, beta)
     return {

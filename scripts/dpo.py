@@ -21,7 +21,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.configs import DPOConfig, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
-    from rlhf_recipes.evaluation import judge_policy
+    from rlhf_recipes.evaluation import judge_policy, prepare_rewards
     from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
@@ -41,6 +41,7 @@ def main(recipe: Recipe) -> dict:
     run = Run.prepare(recipe, "dpo")
     args = stage_config(DPOConfig, recipe, "dpo", run.folder, **dpo_fields(recipe))
     run.start()
+    prepare_rewards(roles, task, run)
     for number in range(args.rounds):
         if pairs is None:
             policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
@@ -52,7 +53,7 @@ def main(recipe: Recipe) -> dict:
         trainer.train()
         pairs = None
 
-    roles = trainer.whole_roles(recipe)
+    roles = trainer.whole_roles(recipe)  # see engines.py
     run.save_adapter(roles.policy, run.folder)
     return judge_policy(run, roles, held_out, optional_gold(task))
 

@@ -18,7 +18,7 @@ def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
     from rlhf_recipes.enumeration import enumerate_policy
-    from rlhf_recipes.evaluation import complete, side_by_side
+    from rlhf_recipes.evaluation import complete, prepare_rewards, side_by_side
     from rlhf_recipes.roles import build_roles, judged_policy
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tables import print_evaluation, print_samples
@@ -38,6 +38,7 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "evaluate")
     run.start()
+    prepare_rewards(roles, task, run)
     judged, exact = {}, {}
     for policy in policies:
         if policy.best_of is None:

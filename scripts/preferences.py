@@ -14,6 +14,7 @@ from rlhf_recipes.recipe import Recipe
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.evaluation import prepare_rewards
     from rlhf_recipes.preferences import sample_pairs
     from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs import Run
@@ -27,6 +28,7 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "preferences")
     run.start()
+    prepare_rewards(roles, task, run)
     counts = sample_pairs(roles.reference, roles, train, run, seed=recipe.run.seed)
     return run.finish(counts)
 

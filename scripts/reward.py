@@ -29,7 +29,7 @@ def main(recipe: Recipe) -> dict:
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     train, evaluation = (
-        tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, recipe.reward.read_eos)
+        tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, recipe.reward.adapter_reads_eos)
         for split in ("train", "eval")
     )
 

@@ -38,7 +38,7 @@ def fixed_gradient(recipe_folder, folder):
     sequences = torch.tensor([PROMPT + RESPONSES[i] for i in mine])
     sampled = sequences, torch.zeros(len(mine), 6)
     with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sampled):
-        rollout = trainer.rollout(torch.tensor([PROMPT] * len(mine)))
+        rollout = trainer.rollout(torch.tensor([PROMPT] * len(mine)), {"prompt": ["a prompt"] * len(mine)})
     seen = {}
 
     def keep(*args, **kwargs):
@@ -61,7 +61,7 @@ def every_update(recipe_folder, folder):
         updates.append({
             "weights": hashlib.sha256(weights).hexdigest(),
             "tokens": rollout.query_responses.tolist(),
-            "objective/scores": rollout.scores.mean().item(),
+            "objective/scores": rollout.scores.total.mean().item(),
             "objective/kl": rollout.kl.sum(1).mean().item(),
             "loss/policy_avg": stats["loss/policy_avg"].mean().item(),
         })  # fmt: skip

@@ -59,11 +59,11 @@ def test_checkpoints_are_safetensors_and_small():
 def test_shipped_reward_prefers_praise():
     from rlhf_recipes.data import load_tokenizer
     from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.roles import load_backbone, load_reward
+    from rlhf_recipes.roles import load_backbone, load_rewards
 
     recipe = load_recipe(FOLDER)
     tokenizer = load_tokenizer(recipe)
-    reward = load_reward(recipe, load_backbone(recipe), tokenizer)
+    reward = load_rewards(recipe, load_backbone(recipe), tokenizer).adapter
     texts = ["This movie is wonderful, one of the best I have ever seen.", "This movie is awful, a complete waste of time."]
     praise, pan = reward(tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]).tolist()
     assert praise > pan + 1

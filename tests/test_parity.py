@@ -17,6 +17,7 @@ from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
 from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.rewards import Rewards, Term
 from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, lora_config
 from tests.test_ppo_trainer import Recorder
 
@@ -31,7 +32,8 @@ class FullReward(nn.Module):
         super().__init__()
         self.model, self.pad = model, pad
 
-    def forward(self, input_ids):
+    def score(self, samples):
+        input_ids = samples.sequences
         logits, _, _ = trl_ppo_trainer.get_reward(self.model, input_ids, self.pad, 0)
         last = (torch.arange(input_ids.shape[1]) * (input_ids != self.pad)).amax(1)
         return logits[torch.arange(len(last)), last, 0]
@@ -58,7 +60,8 @@ def classifier(recipe, seed):
 def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     recipe = load_recipe(tiny)
     tokenizer = load_tokenizer(recipe)
-    prompts = Dataset.from_dict({"input_ids": [tokenizer("the film was great"[: 1 + i % 18])["input_ids"] for i in range(40)]})
+    texts = ["the film was great"[: 1 + i % 18] for i in range(40)]
+    prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
     values = {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 16, "num_mini_batches": 2, "num_ppo_epochs": 2,
         "total_episodes": 64, "response_length": 6, "temperature": 0.8, "learning_rate": 3e-3, "kl_coef": 0.1,
@@ -78,10 +81,10 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
         return policy, reference, classifier(recipe, 1), classifier(recipe, 2)
 
     policy, reference, reward, value = models()
-    stock = Recorder()
+    stock, ids = Recorder(), prompts.select_columns(["input_ids"])
     trainer = trl_ppo.PPOTrainer(
         args=trl_ppo.PPOConfig(**values), processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
-        value_model=value, train_dataset=prompts, eval_dataset=prompts, data_collator=DataCollatorWithPadding(tokenizer),
+        value_model=value, train_dataset=ids, eval_dataset=ids, data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[stock],
     )  # fmt: skip
     np.random.seed(0)
@@ -92,7 +95,13 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     head = ValueAdapter(value.model, value.config.hidden_size)
     head.score = value.score
     roles = types.SimpleNamespace(
-        tokenizer=tokenizer, policy=policy, reference=reference, value=head, reward=FullReward(reward, tokenizer.pad_token_id)
+        tokenizer=tokenizer,
+        policy=policy,
+        reference=reference,
+        value=head,
+        reward=Rewards(
+            {"reward": Term(FullReward(reward, tokenizer.pad_token_id))}, missing_eos_penalty=values.get("missing_eos_penalty")
+        ),
     )
     trainer = PPOTrainer(PPOConfig(**values), roles, prompts, callbacks=[ours])
     np.random.seed(0)
@@ -118,7 +127,8 @@ def test_trls_own_loop_on_our_roles_gives_the_same_metrics(tiny, tmp_path):
         overrides = {"ppo.loop": loop, "ppo.value": "adapter", "ppo.total_episodes": 24, "ppo.learning_rate": 3e-3}
         recipe = load_recipe(tiny, overrides)
         tokenizer = load_tokenizer(recipe)
-        prompts = Dataset.from_dict({"input_ids": [tokenizer("the film was"[: 1 + i % 12])["input_ids"] for i in range(24)]})
+        texts = ["the film was"[: 1 + i % 12] for i in range(24)]
+        prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
         roles = build_roles(recipe, tokenizer, value="adapter")
         torch.manual_seed(1)
         with torch.no_grad():  # away from zero, where Adam turns rounding errors into steps of full length

@@ -45,8 +45,8 @@ def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
     rewards = trainer.rewards(rollout)
     expected = torch.zeros_like(rewards)
     expected[:, :-1] = -0.05 * rollout.kl[:, 1:]
-    expected[0, 5] += rollout.scores[0]
-    expected[1, 2] += rollout.scores[1]
+    expected[0, 5] += rollout.scores.total[0]
+    expected[1, 2] += rollout.scores.total[1]
     torch.testing.assert_close(rewards, expected)
     nothing = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(1.0))
     loss, _ = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
@@ -58,7 +58,7 @@ def test_the_reward_of_the_text_so_far_is_part_of_the_value(tiny, tmp_path):
     trainer = build_trainer(tiny, tmp_path, ppo__reward_baseline=True, ppo__whiten_advantages=False, ppo__lam=0.0)
     query = trainer.processing_class("the film")["input_ids"]
     rollout = rollout_of(trainer, query, [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
-    reward = trainer.roles.reward
+    reward = trainer.roles.reward.adapter
     for row, length in ((0, 6), (1, 3)):  # the second has a state after its eos, worth its score
         for t in range(length):
             prefix = rollout.query_responses[row : row + 1, : len(query) + t]
@@ -69,7 +69,7 @@ def test_the_reward_of_the_text_so_far_is_part_of_the_value(tiny, tmp_path):
     assert stats["loss/value_avg"].item() == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-4)
     # lambda 0: a token is worth what it adds to the score (no KL yet at the start), and the steps add up to r - r(prompt)
     steps = advantages.advantages[0].sum()
-    torch.testing.assert_close(steps, rollout.scores[0] - rollout.values[0, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(steps, rollout.scores.total[0] - rollout.values[0, 0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", ["trunk", "adapter"])
@@ -102,11 +102,11 @@ def test_rewards_put_the_score_after_the_last_token_and_the_kl_on_every_token(ti
     rewards = trainer.rewards(rollout)
     expected = -0.05 * rollout.kl * rollout.mask
     for row, last in enumerate([5, 3, 1]):
-        expected[row, last] += rollout.scores[row]
+        expected[row, last] += rollout.scores.total[row]
     torch.testing.assert_close(rewards, expected)
     assert (rewards[~rollout.value_mask] == 0).all()
 
-    trainer.args.missing_eos_penalty = 3.0
+    trainer.roles.reward.missing_eos_penalty = 3.0
     penalised = trainer.rewards(rollout_of(trainer, query, responses))
     torch.testing.assert_close((rewards - penalised).sum(1), torch.tensor([3.0, 0.0, 0.0]))
 
@@ -118,7 +118,7 @@ def rollout_of(trainer, query, responses):
     sequences = torch.tensor([query + r for r in responses])
     sampled = sequences, torch.zeros(len(responses), len(responses[0]))
     with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sampled):
-        return trainer.rollout(torch.tensor([query] * len(responses)))
+        return trainer.rollout(torch.tensor([query] * len(responses)), {"prompt": ["the film"] * len(responses)})
 
 
 def test_loss_is_the_papers(tiny, tmp_path):

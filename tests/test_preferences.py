@@ -27,16 +27,16 @@ def prompts(n):
 
 def test_bradley_terry_labels_have_their_probability():
     n, gap = 4000, 1.2
-    pairs, identical = label_pairs(prompts(n), judged([[gap, 0.0]] * n), "bradley_terry", seed=0)
-    assert (len(pairs), identical) == (n, 0)
+    pairs, dropped = label_pairs(prompts(n), judged([[gap, 0.0]] * n), "bradley_terry", seed=0)
+    assert (len(pairs), dropped) == (n, {"identical": 0, "unjudged": 0})
     share = sum(p["chosen_reward"] > p["rejected_reward"] for p in pairs) / n
     expected = torch.sigmoid(torch.tensor(gap)).item()
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
 
 
 def test_argmax_chooses_the_better_and_pairs_keep_their_own_tokens():
-    pairs, identical = label_pairs(prompts(2), judged([[0.0, 1.0, 5.0, 2.0], [3.0, 1.0, 0.0, 0.5]]), "argmax", seed=0)
-    assert identical == 0
+    pairs, dropped = label_pairs(prompts(2), judged([[0.0, 1.0, 5.0, 2.0], [3.0, 1.0, 0.0, 0.5]]), "argmax", seed=0)
+    assert dropped["identical"] == 0
     chosen = [(p["prompt"], p["prompt_ids"], p["chosen_ids"], p["rejected_ids"], p["chosen_reward"]) for p in pairs]
     assert chosen == [
         ("p0", [1, 3], [1], [0], 1.0), ("p0", [1, 3], [2], [3], 5.0),
@@ -46,8 +46,8 @@ def test_argmax_chooses_the_better_and_pairs_keep_their_own_tokens():
 
 
 def test_identical_pairs_are_dropped_and_counted():
-    pairs, identical = label_pairs(prompts(1), judged([[1.0, 1.0, 0.0, 2.0]], [[[7], [7], [8], [9]]]), "bradley_terry", 0)
-    assert identical == 1
+    pairs, dropped = label_pairs(prompts(1), judged([[1.0, 1.0, 0.0, 2.0]], [[[7], [7], [8], [9]]]), "bradley_terry", 0)
+    assert dropped["identical"] == 1
     assert len(pairs) == 1
     assert sorted(pairs[0]["chosen_ids"] + pairs[0]["rejected_ids"]) == [8, 9]
 

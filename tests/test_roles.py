@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, load_reward, merged_adapters
+from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, load_rewards, merged_adapters
 from rlhf_recipes.sampling import model_inputs, response_forward, response_mask, sample_completions
 
 
@@ -57,10 +57,10 @@ def test_merged_adapters_speak_as_the_policy_and_leave_no_trace(roles):
     layers = [m.get_base_layer().weight for m in roles.policy.modules() if isinstance(m, LoraLayer)]
     before = [(w.data_ptr(), w.detach().clone()) for w in layers]
     inputs = model_inputs(batch(roles.tokenizer), roles.tokenizer.pad_token_id)
-    policy, reward = roles.policy(**inputs).logits, roles.reward(batch(roles.tokenizer))
+    policy, reward = roles.policy(**inputs).logits, roles.reward.adapter(batch(roles.tokenizer))
     with merged_adapters(roles.policy):
         torch.testing.assert_close(roles.policy(**inputs).logits, policy, atol=1e-5, rtol=1e-5)
-        assert torch.equal(roles.reward(batch(roles.tokenizer)), reward)  # shares the weights, must not see the merge
+        assert torch.equal(roles.reward.adapter(batch(roles.tokenizer)), reward)  # shares the weights, must not see the merge
     for (pointer, value), weight in zip(before, layers, strict=True):
         assert weight.data_ptr() == pointer
         assert torch.equal(weight, value)
@@ -84,7 +84,7 @@ def test_merge_is_undone_when_generation_fails(roles):
 def test_reward_adapter_of_another_backbone_is_refused(tiny):
     recipe = load_recipe(tiny, {"reward.adapter": str(tiny)})
     with pytest.raises(RecipeError, match="does not fit"):
-        load_reward(recipe, load_backbone(recipe), load_tokenizer(recipe))
+        load_rewards(recipe, load_backbone(recipe), load_tokenizer(recipe))
 
 
 # --- the reward --------------------------------------------------------------------------------------------------
@@ -94,33 +94,33 @@ def test_reward_does_not_depend_on_padding_side_or_amount(roles):
     pad = roles.tokenizer.pad_token_id
     for text in ("the film was great", "plot", ""):
         ids = roles.tokenizer(text)["input_ids"]
-        plain = roles.reward(torch.tensor([ids]))
+        plain = roles.reward.adapter(torch.tensor([ids]))
         for left, right in ((3, 0), (0, 3), (2, 7)):
             padded = torch.tensor([[pad] * left + ids + [pad] * right])
-            torch.testing.assert_close(roles.reward(padded), plain, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(roles.reward.adapter(padded), plain, atol=1e-6, rtol=1e-5)
 
 
 def test_prefix_scores_are_the_rewards_of_the_prefixes(roles):
     pad, eos = roles.tokenizer.pad_token_id, roles.tokenizer.eos_token_id
     ids = [pad, pad, *roles.tokenizer("the film was great")["input_ids"], eos, pad]
-    scores = roles.reward.prefix_scores(torch.tensor([ids]))[0]
+    scores = roles.reward.adapter.prefix_scores(torch.tensor([ids]))[0]
     for end in range(3, len(ids) + 1):  # eos and the pads after it change nothing: this reward model does not read eos
-        torch.testing.assert_close(scores[end - 1], roles.reward(torch.tensor([ids[:end]]))[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(scores[end - 1], roles.reward.adapter(torch.tensor([ids[:end]]))[0], atol=1e-6, rtol=1e-5)
     assert scores[2:-2].unique().numel() == len(ids) - 4
 
 
 def test_reward_ignores_eos_unless_it_was_trained_to_read_it(tiny, roles):
     ids = roles.tokenizer("the film was great")["input_ids"]
     ended = torch.tensor([[*ids, roles.tokenizer.eos_token_id]])
-    open_ended = roles.reward(torch.tensor([ids]))
-    torch.testing.assert_close(roles.reward(ended), open_ended, atol=1e-6, rtol=1e-5)
+    open_ended = roles.reward.adapter(torch.tensor([ids]))
+    torch.testing.assert_close(roles.reward.adapter(ended), open_ended, atol=1e-6, rtol=1e-5)
     reading = load_recipe(tiny, {"reward.read_eos": True})
-    reward = load_reward(reading, load_backbone(reading), roles.tokenizer)
+    reward = load_rewards(reading, load_backbone(reading), roles.tokenizer).adapter
     assert not torch.allclose(reward(ended), open_ended)
 
 
 def test_reward_of_nothing_but_padding_is_finite(roles):
-    assert roles.reward(torch.full((1, 4), roles.tokenizer.pad_token_id)).isfinite().all()
+    assert roles.reward.adapter(torch.full((1, 4), roles.tokenizer.pad_token_id)).isfinite().all()
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------

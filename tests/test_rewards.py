@@ -1,0 +1,284 @@
+"""Every kind of reward, their sum and its shaping, and what happens when a python reward fails."""
+
+import asyncio
+import json
+import math
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from rlhf_recipes.data import load_tokenizer, train_tokenizer
+from rlhf_recipes.evaluation import complete, prepare_rewards
+from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.rewards import FunctionReward, ModelReward, RewardError, Rewards, Samples, Term
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.runs import Run
+from rlhf_recipes.tasks import load_task
+
+PROMPTS, TEXTS = ["the film was", "the plot", "a"], [" great", " dull and poor", ""]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return load_tokenizer(load_recipe(tiny))
+
+
+def samples_of(tokenizer, prompts=PROMPTS, texts=TEXTS, ended=(True, False, True), **columns):
+    pad = tokenizer.pad_token_id
+    asked = [tokenizer(p)["input_ids"] for p in prompts]
+    said = [
+        tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * end
+        for t, end in zip(texts, ended, strict=True)
+    ]
+    context, longest = max(map(len, asked)), max(map(len, said))
+    rows = [[pad] * (context - len(a)) + a + s + [pad] * (longest - len(s)) for a, s in zip(asked, said, strict=True)]
+    return Samples(torch.tensor(rows), context, tokenizer, prompts, columns)
+
+
+def by_function(function, **settings):
+    return Rewards({"mine": Term(FunctionReward(function, **settings))})
+
+
+# --- python rewards ----------------------------------------------------------------------------------------------
+
+
+def test_a_function_gets_text_and_the_datasets_columns(tokenizer):
+    def reward(prompts, completions, stars, **columns):
+        assert prompts == PROMPTS
+        assert completions == TEXTS
+        assert not columns
+        return [len(c) + 10 * s for c, s in zip(completions, stars, strict=True)]
+
+    scores = by_function(reward)(samples_of(tokenizer, stars=[1, 2, 3]))
+    assert scores.total.tolist() == [16, 34, 30]
+    assert scores.valid.all()
+
+
+def test_a_function_of_chat_gets_messages(tokenizer):
+    chats = [[{"role": "user", "content": p}] for p in PROMPTS]
+
+    async def reward(prompts, completions):
+        assert prompts == chats
+        return [len(c[0]["content"]) if c[0]["role"] == "assistant" else -1 for c in completions]
+
+    samples = samples_of(tokenizer)
+    samples.prompts = chats
+    assert by_function(reward)(samples).total.tolist() == [6, 14, 0]
+
+
+def test_slow_functions_are_called_once_a_batch_and_waited_for_together(tokenizer):
+    calls = []
+
+    async def slow_async(prompts, completions):
+        calls.append(len(prompts))
+        await asyncio.sleep(0.05)
+        return [1.0] * len(prompts)
+
+    def slow(prompts, completions):
+        calls.append(len(prompts))
+        time.sleep(0.05)
+        return [1.0] * len(prompts)
+
+    many = samples_of(tokenizer, PROMPTS * 20, TEXTS * 20, (True, False, True) * 20)
+    functions = {f"{f.__name__}{i}": Term(FunctionReward(f)) for f in (slow, slow_async) for i in range(4)}
+    started = time.perf_counter()
+    scores = Rewards(functions)(many, batch_size=4)
+    assert calls == [60] * 8
+    assert scores.total.tolist() == [8.0] * 60
+    assert time.perf_counter() - started < 0.3  # one after the other they take 0.4 s, row by row 24 s
+
+
+def test_no_opinion_leaves_the_other_rewards_and_a_row_without_any_is_not_valid(tokenizer):
+    some = Term(FunctionReward(lambda prompts, completions: [1.0, None, None]), weight=2.0)
+    others = Term(FunctionReward(lambda prompts, completions: [10.0, 20.0, None]))
+    scores = Rewards({"some": some, "others": others})(samples_of(tokenizer))
+    assert scores.total.tolist() == [12.0, 20.0, 0.0]
+    assert scores.valid.tolist() == [True, True, False]
+    metrics = scores.metrics()
+    assert metrics["rewards/some/mean"] == 1.0
+    assert metrics["rewards/others/mean"] == 15.0
+    assert metrics["rewards/others/std"] == 5.0
+    assert metrics["rewards/skipped"].item() == pytest.approx(1 / 3)
+
+
+def divide(prompts, completions):
+    return [1 / len(c) for c in completions]
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "rows"),
+    [
+        (lambda p, c: [0.0, math.nan, 1.0], "returned nan", [1]),
+        (lambda p, c: [0.0, 1.0, math.inf], "returned inf", [2]),
+        (lambda p, c: [0.0, "good", 1.0], "'good', which is no number", [1]),
+        (lambda p, c: [0.0], "returned 1 scores for 3 completions", [0, 1, 2]),
+        (lambda p, c: 1.0, "'float' object is not iterable", [0, 1, 2]),
+        (divide, r"ZeroDivisionError: division by zero at test_rewards.py:\d+", [2]),
+    ],
+)
+def test_a_failing_function_stops_with_the_completions_that_did_it_or_skips_them(tokenizer, tmp_path, function, message, rows):
+    stopping = by_function(function)
+    stopping.folder = tmp_path
+    with pytest.raises(RewardError, match=message) as stop:
+        stopping(samples_of(tokenizer))
+    file = tmp_path / "failed_reward-mine-0.json"
+    assert str(file) in str(stop.value)
+    assert "`mine`" in str(stop.value)
+    saved = json.loads(file.read_text())
+    assert [(row["prompt"], row["completion"]) for row in saved] == [(PROMPTS[i], TEXTS[i]) for i in rows]
+
+    scores = by_function(function, on_error="skip")(samples_of(tokenizer))
+    assert (~scores.valid).nonzero().squeeze(1).tolist() == rows
+    assert scores.metrics()["rewards/skipped"].item() == pytest.approx(len(rows) / 3)
+
+
+def test_a_row_that_one_reward_failed_on_is_left_out_whatever_the_others_say(tokenizer):
+    fine = Term(FunctionReward(lambda prompts, completions: [1.0] * 3))
+    scores = Rewards({"fine": fine, "broken": Term(FunctionReward(divide, on_error="skip"))})(samples_of(tokenizer))
+    assert scores.valid.tolist() == [True, True, False]
+
+
+# --- models and adapters -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A BERT classifier of three labels with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = train_tokenizer(["a great film, a dull plot", "poor and awful was the rest"] * 8, 280)
+    tokenizer.model_max_length = 40
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
+        id2label={0: "bad", 1: "so-so", 2: "good"}, label2id={"bad": 0, "so-so": 1, "good": 2},
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("keys", "column"), [({"label": "good"}, 2), ({"label": 0, "probability": True}, 0)])
+def test_a_model_reads_the_text_with_its_own_tokenizer(tiny, foreign, keys, column):
+    recipe = load_recipe(
+        tiny, {"reward.adapter": None, "reward.model": str(foreign), **{f"reward.{k}": v for k, v in keys.items()}}
+    )
+    roles = build_roles(recipe, load_tokenizer(recipe))
+    model = AutoModelForSequenceClassification.from_pretrained(foreign).eval()
+    tokenizer = roles.reward.terms[foreign.name].scorer.tokenizer
+    scores = roles.reward(samples_of(roles.tokenizer), batch_size=2)
+    for prompt, text, score in zip(PROMPTS, TEXTS, scores.total, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(prompt + text, return_tensors="pt")).logits[0]
+        expected = logits.softmax(-1) if "probability" in keys else logits
+        torch.testing.assert_close(score, expected[column], atol=1e-5, rtol=1e-4)
+    assert len(scores.total.unique()) == 3
+
+
+def test_a_models_text_loses_its_beginning_and_keeps_the_completion(foreign, tokenizer):
+    own = load_tokenizer_of(foreign)
+    reward = ModelReward(AutoModelForSequenceClassification.from_pretrained(foreign).eval(), own, max_length=12)
+    ids = reward._tokenize(["a film " * 40], [" dull"])["input_ids"][0].tolist()
+    assert len(ids) == 12
+    assert own.decode(ids).endswith("film  dull")
+
+
+def load_tokenizer_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, truncation_side="left")
+
+
+def test_a_model_of_several_labels_needs_one_named(tiny, foreign):
+    for label in (None, "fine", 7):
+        recipe = load_recipe(tiny, {"reward.adapter": None, "reward.model": str(foreign), "reward.label": label})
+        with pytest.raises(RecipeError, match=r"none of its labels: 0 \(bad\), 1 \(so-so\), 2 \(good\)"):
+            build_roles(recipe, load_tokenizer(recipe))
+
+
+# --- the sum -----------------------------------------------------------------------------------------------------
+
+
+def test_shaping_is_the_formula(tokenizer):
+    raw = [4.0, -6.0, 1.0]
+    term = Term(FunctionReward(lambda p, c: raw), weight=3.0, mean=1.0, deviation=2.0)
+    samples = samples_of(tokenizer)
+    scores = Rewards({"x": term}, clip=4.0, length_penalty=0.1, missing_eos_penalty=5.0)(samples)
+    tokens = samples.mask.sum(1)
+    for i, end in enumerate((True, False, True)):
+        shaped = max(-4.0, min(4.0, 3.0 * (raw[i] - 1.0) / 2.0))
+        assert scores.total[i].item() == pytest.approx(shaped - 0.1 * tokens[i].item() - 5.0 * (not end))
+    metrics = scores.metrics()
+    assert metrics["rewards/x/mean"].item() == pytest.approx(-1 / 3)  # before
+    assert metrics["rewards/clipped"].item() == pytest.approx(2 / 3)
+    assert metrics["rewards/missing_eos_penalty"].item() == pytest.approx(5 / 3)
+    assert metrics["rewards/length_penalty"].item() == pytest.approx(0.1 * tokens.float().mean().item())
+
+
+def test_adapters_and_functions_add_up_and_the_prefix_is_the_adapters_share(roles):
+    samples = samples_of(roles.tokenizer)
+    adapter = roles.reward.adapter
+    plain = adapter(samples.sequences)
+    both = Rewards(
+        {"adapter": Term(adapter, 0.5, mean=1.0, deviation=2.0), "fn": Term(FunctionReward(lambda p, c: [1.0, 2.0, 3.0]))}
+    )
+    for batch_size in (1, 3):
+        scores = both(samples, batch_size, prefix=True)
+        torch.testing.assert_close(scores.total, 0.5 * (plain - 1) / 2 + torch.tensor([1.0, 2.0, 3.0]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores.prefix[:, -1], 0.5 * (plain - 1) / 2, atol=1e-5, rtol=1e-4)
+    assert both.adapter is None
+    assert both.terms["adapter"].scorer is adapter
+
+
+def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_path):
+    terms = [{"adapter": "checkpoints/reward", "read_eos": False}, {"function": "gold_reward", "weight": 2}]
+    overrides = {
+        "reward.adapter": None, "reward.read_eos": True, "reward.terms": terms, "reward.normalize": True,
+        "reward.normalize_prompts": 48, "run.output": str(tmp_path), "sampling.temperature": 2.0,
+        "data.max_completion_tokens": 24,
+    }  # fmt: skip
+    recipe = load_recipe(tiny, overrides)
+    roles, task = build_roles(recipe, load_tokenizer(recipe)), load_task(recipe)
+    run = Run.prepare(recipe, "ppo")
+    run.folder.mkdir(parents=True)
+    roles.reward.terms["gold_reward"].scorer.function = lambda p, c: [float(len(text)) for text in c]
+    prepare_rewards(roles, task, run)
+    from rlhf_recipes.data import tokenize_prompts
+    from rlhf_recipes.tasks import load_dataset
+
+    prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), roles.tokenizer, 24)
+    judged = complete(roles.reference, roles, prompts, recipe)
+    for name, raw in judged.terms.items():
+        term = roles.reward.terms[name]
+        shaped = (raw - term.mean) / term.deviation
+        assert shaped.mean().abs() < 1e-4
+        assert shaped.std().item() == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(judged.reward.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"reward.adapter": None}, "`reward` needs one of adapter, model and function, and names none"),
+        ({"reward.function": True}, "names adapter and function"),
+        ({"reward.terms": []}, "then `reward.adapter` belongs into one of them"),
+        ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": []}, "`reward.terms` is empty"),
+        ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"adaptr": "x"}]}, "did you mean `adapter`"),
+        ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"function": True}] * 2}, "two are named reward"),
+        (
+            {"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"function": True, "weight": "x"}]},
+            r"`reward.terms\[0\].weight`: expected float",
+        ),
+    ],
+)
+def test_mistakes_in_the_reward_section(tiny, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tiny, overrides)
+
+
+def test_a_missing_function_is_named(tiny):
+    recipe = load_recipe(tiny, {"reward.adapter": None, "reward.function": "politeness"})
+    with pytest.raises(RecipeError, match="needs a function `politeness`"):
+        build_roles(recipe, load_tokenizer(recipe))
