@@ -5,6 +5,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from rlhf_recipes.diagnosis import diagnose
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar
 
@@ -49,6 +50,40 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class Watch(TrainerCallback):
+    """Diagnoses a PPO or A2C run at every held-out evaluation and at its end, and says each finding once.
+
+    On reward hacking it does what `watch.on_over_optimisation` says: `rollback` too stops here, and the trainer then loads the
+    best policy by gold.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.history: list[dict[str, Any]] = []
+        reward = run.recipe.reward
+        reads_end = any(term.adapter and term.read_eos for term in reward.all_terms())
+        self.ends_matter = reads_end or bool(reward.missing_eos_penalty)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.history.append({**logs, "step": state.global_step})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._look(state)
+        hacked = any(finding.name == "reward hacking" for finding in self.run.findings)
+        if hacked and self.run.recipe.watch.on_over_optimisation != "warn":
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(state)
+
+    def _look(self, state: Any) -> None:
+        known = {finding.name for finding in self.run.findings}
+        for finding in diagnose(self.history, self.run.stage, self.ends_matter):
+            if finding.name not in known:
+                self.run.found(finding, state.global_step)
 
 
 _SHOWN = {

@@ -37,6 +37,8 @@ class Completions:
         and k3 summed over tokens (objective.token_kl).
     reward: what is maximised; NaN where no reward has an opinion.
     length: tokens, eos included.
+    ended: with an eos.
+    entropy: of the policy's next-token distributions, mean over the completion's tokens, in nats.
     terms: each reward's own score, before weights and shaping.
     """
 
@@ -47,13 +49,17 @@ class Completions:
     kl_k3: Tensor
     length: Tensor
     gold: Tensor | None
+    ended: Tensor
+    entropy: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     def means(self, beta: float) -> dict[str, float]:
-        """reward, gold, kl, objective = reward - beta * kl and length, means over all; distinct_2 over all texts.
+        """reward, gold, kl, objective = reward - beta * kl, length, entropy, means over all; distinct_2 over all texts;
+        repetition, the mean share of a text's word 3-grams that it has had before; truncated, the share without an eos.
 
         Of several rewards also each one's mean, as reward_<name>.
         """
+        texts = [text for row in self.texts for text in row]
         reward, kl = self.reward.nanmean().item(), self.kl.mean().item()
         return {
             "reward": reward,
@@ -62,8 +68,16 @@ class Completions:
             "objective": reward - beta * kl,
             **({f"reward_{name}": own.nanmean().item() for name, own in self.terms.items()} if len(self.terms) > 1 else {}),
             "length": self.length.float().mean().item(),
-            "distinct_2": distinct_n([text for row in self.texts for text in row], 2),
+            "distinct_2": distinct_n(texts, 2),
+            "repetition": sum(1 - distinct_n([text], 3) for text in texts if len(text.split()) > 2) / len(texts),
+            "truncated": 1 - self.ended.float().mean().item(),
+            "entropy": self.entropy.mean().item(),
         }
+
+    def standard_errors(self) -> dict[str, float]:
+        """Of the mean reward and gold, over prompts: reward_se, gold_se."""
+        by_prompt = {"reward_se": self.reward.nanmean(1)} | ({} if self.gold is None else {"gold_se": self.gold.nanmean(1)})
+        return {name: values[~values.isnan()].std().item() / len(values) ** 0.5 for name, values in by_prompt.items()}
 
 
 def distinct_n(texts: list[str], n: int) -> float:
@@ -96,7 +110,7 @@ def complete(
         title: of the progress bar; without one there is none.
         seed: of the sampling; default `run.seed`.
         batch_size: sequences at a time; default `evaluate.batch_size`.
-        measure_kl: false leaves kl and kl_k3 at zero and saves two forward passes.
+        measure_kl: false leaves kl, kl_k3 and entropy at zero and saves two forward passes.
     """
     size = batch_size or recipe.evaluate.batch_size
     rows = [i for i in range(len(prompts)) for _ in range(samples)]
@@ -119,7 +133,7 @@ def complete(
         judged = sorted(gather_object(judged), key=lambda pair: pair[0])
     columns = {name: [value for _, batch in judged for value in batch[name]] for name in judged[0][1]}
     grouped = {name: [values[i : i + samples] for i in range(0, len(values), samples)] for name, values in columns.items()}
-    tensors = {name: torch.tensor(grouped[name]) for name in ("reward", "kl", "kl_k3", "length")}
+    tensors = {name: torch.tensor(grouped[name]) for name in ("reward", "kl", "kl_k3", "length", "ended", "entropy")}
     scores = torch.tensor(grouped["gold"]) if gold is not None else None
     terms = {name: torch.tensor(grouped[f"reward {name}"]) for name in roles.reward.terms}
     return Completions(grouped["ids"], grouped["texts"], gold=scores, terms=terms, **tensors)
@@ -141,12 +155,13 @@ def _judge_batch(
     sequences, _ = sample_completions(policy, queries, tokenizer, recipe.data.max_completion_tokens, temperature)
     responses = sequences[:, context:]
     mask = response_mask(responses, pad)
-    kl = kl_k3 = torch.zeros(len(queries))
-    if measure_kl and policy is not roles.reference:
-        log_pi, log_ref = (
-            response_forward(model, sequences, context, pad, temperature).logprobs for model in (policy, roles.reference)
-        )
-        kl, kl_k3 = (sequence_kl(log_pi, log_ref, mask, estimator) for estimator in ("k1", "k3"))
+    kl = kl_k3 = entropy = torch.zeros(len(queries))
+    if measure_kl:
+        output = response_forward(policy, sequences, context, pad, temperature)
+        entropy = (output.entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
+        if policy is not roles.reference:
+            log_ref = response_forward(roles.reference, sequences, context, pad, temperature).logprobs
+            kl, kl_k3 = (sequence_kl(output.logprobs, log_ref, mask, estimator) for estimator in ("k1", "k3"))
     columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
     samples = Samples(sequences, context, tokenizer, prompts["prompt"][:], columns)
     scores = roles.reward(samples)
@@ -157,6 +172,8 @@ def _judge_batch(
         "kl": kl.tolist(),
         "kl_k3": kl_k3.tolist(),
         "length": mask.sum(1).tolist(),
+        "ended": samples.ended.tolist(),
+        "entropy": entropy.tolist(),
         **{f"reward {name}": own.tolist() for name, own in scores.terms.items()},
     }
     if gold is not None:

@@ -47,6 +47,47 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator:
     return (token_kl(logprobs, ref_logprobs, estimator) * mask).sum(-1)
 
 
+def weighted_token_kl(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """The KL as a loss term: pi / pi_old times `token_kl`, whose gradient is that of KL(pi || pi_ref) at each state.
+
+    Without the ratio the expected gradient of k1 is zero and that of k3 the forward KL's: the tokens were drawn from pi_old,
+    and how pi draws them is part of the gradient (arXiv 2512.02556, eq. 7).
+
+    Args:
+        logprobs, old_logprobs, ref_logprobs: of the tokens sampled from pi_old, [batch, tokens].
+
+    Returns:
+        [batch, tokens]
+    """
+    return (logprobs - old_logprobs).exp() * token_kl(logprobs, ref_logprobs, estimator)
+
+
+def adapted_beta(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The leash, tightened where the KL is above its target and loosened where it is below.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: beta (1 + K e) with e = clip((KL - target) / target, -0.2, 0.2); K is
+    episodes / horizon, as in their code.
+
+    Args:
+        kl, target: nats a completion.
+        episodes: since beta was last adapted.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * episodes / horizon)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) under `mask`; 1 is a perfect V, 0 one no better than a constant."""
+    error, total = (whitening_scale(x, mask).square().reciprocal() for x in (returns - values, returns))
+    return 1 - error / total
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's; 0 where one of them is constant."""
+    x, y = x.float() - x.float().mean(), y.float() - y.float().mean()
+    return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
+
+
 def generalized_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16): sum_l (gamma lam)^l delta_{t+l}.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_recipes.callbacks import watch
+from rlhf_recipes.callbacks import Watch, watch
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
 from rlhf_recipes.evaluation import complete, judge_policy, prepare_rewards
@@ -22,8 +22,12 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
 
     section, gold = recipe.stages[stage], optional_gold(task)
-    if gold is None and section.get("metric_for_best_model") == "gold":
-        raise RecipeError(f"`{stage}.metric_for_best_model` gold: {task.__file__} has no `gold_reward`")
+    for key, value, needs_gold in (
+        (f"{stage}.metric_for_best_model", section.get("metric_for_best_model"), "gold"),
+        ("watch.on_over_optimisation", recipe.watch.on_over_optimisation, "rollback"),
+    ):
+        if gold is None and value == needs_gold:
+            raise RecipeError(f"`{key}` {value}: {task.__file__} has no `gold_reward`")
     roles = build_roles(recipe, tokenizer, value="adapter" if section.get("loop") == "trl" else section.get("value", "trunk"))
 
     run = Run.prepare(recipe, stage)
@@ -31,11 +35,15 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     run.start()
     prepare_rewards(roles, task, run)
 
+    watched = held_out.select(range(min(recipe.watch.prompts, len(held_out))))
+
     def judge() -> dict[str, float]:
-        return complete(roles.policy, roles, held_out, recipe, gold).means(recipe.objective.beta)
+        judged = complete(roles.policy, roles, watched, recipe, gold)
+        return judged.means(recipe.objective.beta) | judged.standard_errors()
 
     trainer = PPOTrainer(args, roles, train, judge=judge)
     watch(trainer, run)
+    trainer.add_callback(Watch(run))
     trainer.train()
 
     trainer.save_model()

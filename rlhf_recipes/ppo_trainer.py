@@ -32,10 +32,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from rlhf_recipes.objective import generalized_advantages, masked_mean, token_kl, whitening_scale
+from rlhf_recipes.objective import (
+    adapted_beta,
+    correlation,
+    explained_variance,
+    generalized_advantages,
+    masked_mean,
+    token_kl,
+    weighted_token_kl,
+    whitening_scale,
+)
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores, stop_together
-from rlhf_recipes.roles import Roles, ValueAdapter, ValueHead
+from rlhf_recipes.roles import Roles, SyncedReference, ValueAdapter, ValueHead
 from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, sample_completions
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -63,6 +72,32 @@ class PPOConfig(trl_ppo.PPOConfig):
     reward_baseline: bool = field(
         default=False,
         metadata={"help": "V(s) is the reward model's score of the text so far plus what the value function learns beside it."},
+    )
+    kl_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "The KL by `kl_estimator` is a term of the loss, with the gradient of the KL at each state, and the reward "
+            "of a token holds the KL of what follows it: `full_kl` from sampled tokens alone."
+        },
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "beta starts at objective.beta and adapts so that the KL stays at this many nats a completion."},
+    )
+    kl_horizon: int = field(default=10000, metadata={"help": "Episodes in which `kl_target` changes beta by at most 20%."})
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Leave out an update's remaining epochs once it has moved the policy by this many nats a token."},
+    )
+    reference: Literal["frozen", "sync", "none"] = field(
+        default="frozen",
+        metadata={
+            "help": "Whom the leash holds on to: the backbone, the policy itself as it was some updates ago, or nobody. "
+            "Held-out KL and J are always to the backbone."
+        },
+    )
+    reference_sync_steps: int = field(
+        default=10, metadata={"help": "Updates after which `reference: sync` follows the policy."}
     )
     whiten_advantages: bool = field(default=True, metadata={"help": "Unit variance and zero mean, as TRL always does."})
     loop: Literal["lean", "trl"] = field(
@@ -129,6 +164,7 @@ class Rollout:
     values: Tensor
     baseline: Tensor | None  # the reward model's score of the text so far, with `reward_baseline`; part of `values`
     kl: Tensor  # by `kl_estimator` or `full_kl`
+    reference_logprobs: Tensor
     reference_hidden: Tensor | None  # [batch, response, hidden], for `full_kl`
     scores: Scores
 
@@ -178,6 +214,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         judge: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.roles, self.judge, self.prompts = roles, judge, train_dataset
+        self.kl_coef = args.kl_coef  # beta, which `kl_target` adapts
+        reference = SyncedReference(roles.policy) if args.reference == "sync" else roles.reference
         stock = args.loop == "trl"
         # TRL's constructor wraps policy and value in a class whose forward runs two trunks; ours takes its place.
         wrapper = trl_ppo_trainer.PolicyAndValueWrapper if stock else PolicyAndValue
@@ -186,7 +224,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 args=args,
                 processing_class=roles.tokenizer,
                 model=roles.policy,
-                ref_model=roles.reference,
+                ref_model=reference,
                 reward_model=StockReward(roles.reward) if stock else roles.reward,
                 value_model=roles.value,
                 train_dataset=train_dataset.select_columns(["input_ids"]).add_column("row", range(len(train_dataset))),
@@ -220,7 +258,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             self.state.global_step += 1
             self.state.episode += args.batch_size
             self.state.epoch = self.state.episode / self.train_dataset_len
-            self.log(self._metrics_of(rollout, stats, seconds=time.perf_counter() - started))
+            metrics = self._metrics_of(rollout, advantages, stats, seconds=time.perf_counter() - started)
+            self.log(dict(metrics))
+            self._move_leash(metrics["objective/kl"])
             self.lr_scheduler.step()
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             if self.control.should_evaluate:
@@ -232,6 +272,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             self.accelerator.wait_for_everyone()
             self.load_model(Path(self.state.best_model_checkpoint))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
+
+    def _move_leash(self, kl: float) -> None:
+        """Adapts beta to `kl_target`, and lets a synced reference follow the policy, where the recipe says so."""
+        args = self.args
+        if args.kl_target is not None:
+            self.kl_coef = adapted_beta(self.kl_coef, kl, args.kl_target, args.batch_size, args.kl_horizon)
+        if isinstance(self.ref_model, SyncedReference) and self.state.global_step % args.reference_sync_steps == 0:
+            self.ref_model.sync()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Judges the policy on held-out prompts, logs `eval/<metric>`, and keeps the best by `metric_for_best_model`."""
@@ -280,11 +328,16 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         ]
         query_responses, sampling_logprobs = (torch.cat(part) for part in zip(*sampled, strict=True))
         for chunk in query_responses.split(args.local_rollout_forward_batch_size):
-            reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
-            output, values = policy_and_value(chunk, context, pad, args.temperature, reference.hidden if args.full_kl else None)
+            if args.reference == "none":
+                output, values = policy_and_value(chunk, context, pad, args.temperature)
+                reference = output
+            else:
+                reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
+                hidden = reference.hidden if args.full_kl else None
+                output, values = policy_and_value(chunk, context, pad, args.temperature, hidden)
             kl = output.kl if args.full_kl else token_kl(output.logprobs, reference.logprobs, args.kl_estimator)
-            parts.append((output.logprobs, kl, reference.hidden, values))
-        logprobs, kl, reference_hidden, values = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts.append((output.logprobs, kl, reference.logprobs, reference.hidden, values))
+        logprobs, kl, reference_logprobs, reference_hidden, values = (torch.cat(part) for part in zip(*parts, strict=True))
         columns = {name: values for name, values in rows.items() if name not in ("prompt", "input_ids")}
         samples = Samples(query_responses, context, self.processing_class, rows["prompt"], columns)
         scores = self._scores_of(samples)
@@ -297,6 +350,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             logprobs=logprobs,
             sampling_logprobs=sampling_logprobs,
             kl=kl * mask,
+            reference_logprobs=reference_logprobs,
             reference_hidden=reference_hidden if args.full_kl else None,
             values=(values + baseline) * after_mask(mask, scores.valid),
             baseline=None if scores.prefix is None else baseline,
@@ -318,12 +372,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         """r_t = -beta * KL_t, plus the score in the state after the response's last token; [batch, response].
 
         A response that fills all its positions has no such state; there the score goes to its last token, as in TRL.
-        With the full KL, r_t holds KL_{t+1}: the KL at t does not depend on the token chosen at t, and its gradient is a
-        term of the loss.
+        With `full_kl` or `kl_loss`, r_t holds KL_{t+1}: the KL at t does not depend on the token chosen at t, and its gradient
+        is a term of the loss.
         """
         args, scores = self.args, rollout.scores.total
-        rewards = -args.kl_coef * rollout.kl
-        if args.full_kl:
+        rewards = -self.kl_coef * rollout.kl
+        if args.full_kl or args.kl_loss:
             rewards = nn.functional.pad(rewards[:, 1:], (0, 1))
         rewards[torch.arange(len(scores)), rollout.value_mask.sum(1) - 1] += scores
         if args.whiten_rewards:
@@ -346,10 +400,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return masked_mean(values, mask), whitening_scale(values, mask)
 
     def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, Tensor]:
-        """`num_ppo_epochs` passes over the rollout in minibatches; returns each statistic of every micro batch, [steps]."""
+        """`num_ppo_epochs` passes over the rollout in minibatches; returns each statistic of every micro batch, [steps].
+
+        With `target_kl` an epoch that has gone too far, by the mean over its steps and all processes, is the last.
+        """
         args = self.args
         stats: dict[str, list[Tensor]] = {}
-        for _ in range(args.num_ppo_epochs):
+        for epoch in range(args.num_ppo_epochs):
             order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(rollout.mask.device)
             for minibatch in order.split(args.local_mini_batch_size):
                 tokens = self._count(rollout.mask[minibatch])
@@ -368,6 +425,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                     stats.setdefault("policy/grad_norm", []).append(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            if args.target_kl is not None:
+                steps = len(stats["policy/step_kl"]) // (epoch + 1)
+                step_kl = torch.stack(stats["policy/step_kl"][-steps:]).mean()
+                if self.accelerator.reduce(step_kl, "mean") > args.target_kl:
+                    break
+        stats["policy/epochs"] = [torch.tensor(epoch + 1.0)]
         return {name: torch.stack(values) for name, values in stats.items()}
 
     def _count(self, mask: Tensor) -> Tensor:
@@ -404,8 +467,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         unclipped = -advantage * ratio
         clipped = -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
         policy_loss = torch.max(unclipped, clipped) * mask
-        if output.kl is not None:
-            policy_loss = policy_loss + args.kl_coef * advantages.scale * output.kl * mask
+        kl = output.kl
+        if args.kl_loss:
+            reference = rollout.reference_logprobs[rows]
+            kl = weighted_token_kl(output.logprobs, rollout.logprobs[rows], reference, args.kl_estimator)
+        if kl is not None:
+            policy_loss = policy_loss + self.kl_coef * advantages.scale * kl * mask
 
         old_values = rollout.values[rows]
         near = values.clamp(old_values - args.cliprange_value, old_values + args.cliprange_value)
@@ -416,6 +483,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         with torch.no_grad():
             stats = {
                 "policy/approxkl_avg": 0.5 * difference.square().mean(),
+                "policy/step_kl": masked_mean(0.5 * difference.square(), mask),
                 "policy/clipfrac_avg": masked_mean((clipped > unclipped).float(), mask),
                 "loss/policy_avg": masked_mean(policy_loss, mask),
                 "loss/value_avg": masked_mean(value_loss, value_mask),
@@ -427,8 +495,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     # --- what a run leaves behind --------------------------------------------------------------------------------
 
-    def _metrics_of(self, rollout: Rollout, stats: dict[str, Tensor], seconds: float) -> dict[str, float]:
-        """TRL's metrics by TRL's names: means over the rollout, the update's steps, and all processes."""
+    def _metrics_of(
+        self, rollout: Rollout, advantages: Advantages, stats: dict[str, Tensor], seconds: float
+    ) -> dict[str, float]:
+        """TRL's metrics by TRL's names and some more: means over the rollout, the update's steps, and all processes."""
         args, accelerator = self.args, self.accelerator
 
         def mean(values: Tensor) -> float:
@@ -436,17 +506,24 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
         scores, valid = rollout.scores.total, rollout.scores.valid
         sequence_kl, entropy = rollout.kl.sum(1), -(rollout.logprobs * rollout.mask).sum(1)
+        length, ended = rollout.mask.sum(1), (rollout.responses == self.processing_class.eos_token_id).any(1)
         ratios = accelerator.gather_for_metrics(stats["val/ratio"])
         return {
             "objective/kl": mean(masked_mean(sequence_kl, valid)),
             "objective/entropy": mean(masked_mean(entropy, valid)),
-            "objective/non_score_reward": mean(-args.kl_coef * masked_mean(sequence_kl, valid)),
-            "objective/rlhf_reward": mean(masked_mean(scores - args.kl_coef * sequence_kl, valid)),
+            "objective/kl_coef": self.kl_coef,
+            "objective/non_score_reward": mean(-self.kl_coef * masked_mean(sequence_kl, valid)),
+            "objective/rlhf_reward": mean(masked_mean(scores - self.kl_coef * sequence_kl, valid)),
             "objective/scores": mean(masked_mean(scores, valid)),
+            "objective/scores_std": mean(whitening_scale(scores, valid).reciprocal()),
+            "completions/mean_length": mean(masked_mean(length, valid)),
+            "completions/clipped_ratio": mean((~ended).float()),
+            "completions/length_score_correlation": mean(correlation(length[valid], scores[valid])),
             **{name: mean(value) for name, value in rollout.scores.metrics().items()},
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
             "val/num_eos_tokens": int(accelerator.reduce((rollout.responses == self.processing_class.eos_token_id).sum())),
+            "val/explained_variance": mean(explained_variance(rollout.values, advantages.returns, rollout.value_mask)),
             "val/sampling_gap": mean(masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), rollout.mask)),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": self.state.episode,
@@ -477,6 +554,8 @@ def episodes_per_update(recipe: Recipe, stage: str) -> int:
 
 def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The facts that PPO shares with other stages, under TRL's field names; and what makes it A2C."""
+    section, roll_back = recipe.stages[stage], recipe.watch.on_over_optimisation == "rollback"
+    by_gold = {"metric_for_best_model": "gold", "load_best_model_at_end": True} if roll_back else {}
     one_step = {"num_ppo_epochs": 1, "num_mini_batches": 1} if stage == "a2c" else {}
     return {
         "kl_coef": recipe.objective.beta,
@@ -485,7 +564,9 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "missing_eos_penalty": recipe.reward.missing_eos_penalty,  # of TRL's own loop; in ours it is the reward's
         "stop_token": "eos",
         "num_sample_generations": 0,
+        "eval_on_start": section.get("eval_strategy") == "steps",  # what the others are compared with
+        **by_gold,
         # the trainer keeps the best itself, in `_keep_if_best`; transformers refuses to load the best after "no"
-        "save_strategy": "best" if recipe.stages[stage].get("load_best_model_at_end") else "no",
+        "save_strategy": "best" if by_gold or section.get("load_best_model_at_end") else "no",
         **one_step,
     }

@@ -21,7 +21,7 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 _COUNTS = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
-    "local_rollout_forward_batch_size", "rounds",
+    "local_rollout_forward_batch_size", "rounds", "kl_horizon", "reference_sync_steps",
 }  # fmt: skip
 ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -155,7 +155,7 @@ def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
             f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
-    _check_held_out(stage, section)
+    _check_held_out(recipe, stage, section)
     if section.get("reward_baseline") and not any(term.adapter for term in recipe.reward.all_terms()):
         raise RecipeError(
             f"`{stage}.reward_baseline` reads unfinished text, which a reward adapter can; `reward` has none: give "
@@ -163,23 +163,54 @@ def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
         )
     if section.get("loop") == "trl":
         _check_trl_loop(recipe, stage, section)
+    _check_leash(recipe, stage, section, local)
     if section.get("whiten_rewards"):
         if local // minibatches < 8:
             raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
-        for key in ("full_kl", "reward_baseline"):
+        for key in ("full_kl", "kl_loss", "reward_baseline"):
             if section.get(key):
                 raise RecipeError(
                     f"`{stage}.{key}` is in units of the reward, which `{stage}.whiten_rewards` changes; drop one"
                 )
 
 
-def _check_held_out(stage: str, section: dict[str, Any]) -> None:
+def _check_leash(recipe: Recipe, stage: str, section: dict[str, Any], episodes: int) -> None:
+    """How the KL is charged, and to whom."""
+    beta, target = recipe.objective.beta, section.get("kl_target")
+    if section.get("full_kl") and section.get("kl_loss"):
+        raise RecipeError(f"`{stage}.full_kl` and `{stage}.kl_loss` are two ways to put the KL into the loss; give one of them")
+    for key in ("kl_target", "target_kl"):
+        if section.get(key) is not None and section[key] <= 0:
+            raise RecipeError(f"`{stage}.{key}`: expected more than 0 nats, got {section[key]}")
+    if target is not None and beta == 0:
+        raise RecipeError(f"`{stage}.kl_target` multiplies `objective.beta`, which is 0; start from a small one such as 0.01")
+    if target is not None and section.get("kl_horizon", 10000) < episodes:
+        raise RecipeError(
+            f"`{stage}.kl_horizon` {section['kl_horizon']}: beta would jump; expected at least the {episodes} episodes of one "
+            f"update"
+        )
+    if section.get("reference") == "none" and (beta != 0 or section.get("full_kl") or section.get("kl_loss")):
+        raise RecipeError(
+            f"`{stage}.reference` none: without a reference there is no KL to charge; say so with --objective.beta=0 and "
+            f"without full_kl and kl_loss, or keep the reference"
+        )
+
+
+def _check_held_out(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
     """Evaluation during training, and what is kept by it."""
     if section.get("eval_strategy") not in (None, "no", "steps"):
         raise RecipeError(
             f"`{stage}.eval_strategy` {section['eval_strategy']}: PPO counts updates, not epochs; use steps or no"
         )
     evaluates = section.get("eval_strategy") == "steps"
+    action = recipe.watch.on_over_optimisation
+    if action != "warn" and not evaluates:
+        raise RecipeError(f"`watch.on_over_optimisation` {action} needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
+    if action == "rollback" and section.get("metric_for_best_model", "gold") != "gold":
+        raise RecipeError(
+            f"`watch.on_over_optimisation` rollback ends with the best policy by gold, and `{stage}.metric_for_best_model` "
+            f"says {section['metric_for_best_model']}; leave that out"
+        )
     if evaluates and (section.get("eval_steps") is None or section["eval_steps"] < 1 or section["eval_steps"] % 1):
         raise RecipeError(f"`{stage}.eval_steps`: expected a whole number of updates, got {section.get('eval_steps')}")
     best = section.get("metric_for_best_model")
@@ -202,7 +233,7 @@ def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None
         )
     off = {
         "full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no",
-        "eval_on_start": False,
+        "eval_on_start": False, "kl_loss": False, "kl_target": None, "target_kl": None, "reference": "frozen",
     }  # fmt: skip
     unknown = [key for key, value in off.items() if section.get(key, value) != value]
     if unknown:

@@ -210,6 +210,16 @@ class EvaluateSection:
 
 
 @dataclass(frozen=True)
+class WatchSection:
+    """What PPO and A2C look at while they train, with `eval_strategy: steps`, and what over-optimisation leads to."""
+
+    prompts: Positive = _key("held-out prompts judged every `eval_steps`, the first of the evaluation split", 128)
+    on_over_optimisation: Literal["warn", "stop", "rollback"] = _key(
+        "where the reward rises and gold falls: say so, stop there, or stop and end with the best policy by gold", "warn"
+    )
+
+
+@dataclass(frozen=True)
 class ReportSection:
     """The page that scripts/report.py makes."""
 
@@ -226,6 +236,7 @@ SECTIONS: dict[str, type] = {
     "run": RunSection,
     "preferences": PreferencesSection,
     "evaluate": EvaluateSection,
+    "watch": WatchSection,
     "report": ReportSection,
 }
 STAGES = tuple(CONFIG_SOURCES)
@@ -263,6 +274,7 @@ PPO_READS = frozenset((
     "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "kl_estimator", "whiten_rewards", "cliprange", "vf_coef", "cliprange_value",
     "gamma", "lam", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
+    "kl_loss", "kl_target", "kl_horizon", "target_kl", "reference", "reference_sync_steps",
     "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
 ))  # fmt: skip
 _PPO_REFUSED = {
@@ -279,7 +291,8 @@ _PPO_REFUSED = {
 }
 REFUSED = {
     "ppo": _PPO_REFUSED,
-    "a2c": _PPO_REFUSED | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value"), _SINGLE_STEP),
+    "a2c": _PPO_REFUSED
+    | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value", "target_kl"), _SINGLE_STEP),
     "dpo": dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ONE_REFERENCE),
 }
 
@@ -298,6 +311,7 @@ class Recipe:
     run: RunSection
     preferences: PreferencesSection
     evaluate: EvaluateSection
+    watch: WatchSection
     report: ReportSection
     stages: dict[str, dict[str, Any]]
 

@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.diagnosis import Finding
 from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
 from rlhf_recipes.tracking import Tracker
 
@@ -32,6 +35,7 @@ class Run:
     tracker: Tracker | None = None
     started: float = field(default_factory=time.perf_counter)
     last_step: int = 0
+    findings: list[Finding] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, recipe: Recipe, stage: str) -> "Run":
@@ -106,6 +110,14 @@ class Run:
         if self.main:
             print(line)
 
+    def found(self, finding: Finding, step: int) -> None:
+        """Says what goes wrong: in the terminal, as a wandb alert, and in the summary."""
+        self.findings.append(finding)
+        if self.main:
+            tqdm.write(f"step {step}: {finding}", file=sys.stderr)
+        if self.tracker is not None:
+            self.tracker.alert(finding.name, f"step {step}: {finding.evidence}. {finding.advice}")
+
     def finish(self, summary: dict[str, Any], card: str = "") -> dict[str, Any]:
         """Writes summary.json = {task, stage, seed, beta, seconds, **summary} and the model card, and returns it."""
         recipe = self.recipe
@@ -117,6 +129,8 @@ class Run:
             "seconds": round(time.perf_counter() - self.started, 1),
             **summary,
         }
+        if self.stage in ("ppo", "a2c"):
+            summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
             self.write_json("summary.json", summary)
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")

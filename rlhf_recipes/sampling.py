@@ -84,7 +84,7 @@ def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> Iterator[Any]:
     Adapters are merged in float32 only; a half-precision W swallows a small BA.
     """
     if isinstance(policy, Reference):
-        weights: AbstractContextManager = policy.adapters_off()
+        weights: AbstractContextManager = policy.speaking()
     elif isinstance(policy, PeftModel) and policy.dtype == torch.float32:
         weights = merged_adapters(policy)
     else:
@@ -145,7 +145,7 @@ def response_forward(
             hidden states are hundreds of times smaller than the logits.
     """
     if isinstance(policy, Reference):
-        with policy.adapters_off() as backbone:
+        with policy.speaking() as backbone:
             return response_forward(backbone, query_responses, context_length, pad_token_id, temperature, reference_hidden)
     trunk, head = trunk_and_head(policy)
     hidden = trunk(**predicting_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state

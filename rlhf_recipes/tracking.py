@@ -51,6 +51,9 @@ class Tracker:
 
         self._safely(send)
 
+    def alert(self, title: str, text: str) -> None:
+        self._safely(lambda: self._run.alert(title=title, text=text))
+
     def finish(self, summary: dict[str, Any]) -> None:
         def send() -> None:
             self._run.summary.update(summary)

@@ -78,7 +78,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
     for module in (ppo_trainer, dpo_trainer, evaluation):
         recording(module)
     ppo = build_trainer(tiny, tmp_path)
-    ppo.rollout(torch.tensor(queries))
+    ppo.rollout(torch.tensor(queries), prompts[:])
     complete(roles.policy, roles, prompts, recipe)
     dpo = trainer_on(pairs, tiny, roles, tmp_path)
     sums = dpo.reference_logps(prompts["input_ids"][:], [[t for t in c if t] for c in completions])

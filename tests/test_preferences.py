@@ -18,7 +18,7 @@ def judged(rewards, ids=None):
     ids = ids or [[[10 * i + k] for k in range(rewards.shape[1])] for i in range(len(rewards))]
     texts = [[str(row) for row in rows] for rows in ids]
     nothing = torch.zeros_like(rewards)
-    return Completions(ids, texts, rewards, nothing, nothing, nothing, None)
+    return Completions(ids, texts, rewards, nothing, nothing, nothing, None, nothing, nothing)
 
 
 def prompts(n):

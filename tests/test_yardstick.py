@@ -22,7 +22,8 @@ def made_up(seed, prompts=40, k=8, shift=0.0, kl=0.0):
     log_ratio = kl + 0.1 * torch.randn(prompts, k, generator=generator) * (kl > 0)
     texts = [[f"a{i} b{j} c d" for j in range(k)] for i in range(prompts)]
     length = torch.full((prompts, k), 4)
-    return Completions([[[1]] * k] * prompts, texts, reward, log_ratio, log_ratio.abs(), length, torch.sigmoid(reward))
+    gold, nothing = torch.sigmoid(reward), torch.zeros_like(reward)
+    return Completions([[[1]] * k] * prompts, texts, reward, log_ratio, log_ratio.abs(), length, gold, nothing, nothing)
 
 
 def test_metrics_are_what_they_are_called():

@@ -48,6 +48,16 @@ def gold_reward(prompts: list[str], completions: list[str], **columns: list) -> 
     return classifier.predict_proba(vectorizer.transform(texts))[:, 1].tolist()
 
 
+def count_of_great(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    """A reward with a loophole, to see it exploited: how often a completion says great."""
+    return [float(len(re.findall(r"\bgreat\b", completion))) for completion in completions]
+
+
+def brevity(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    """Another one: the fewer words, the better."""
+    return [-len(completion.split()) / 10 for completion in completions]
+
+
 @functools.cache
 def gold_judge():
     """The fitted (vectorizer, classifier); a few seconds, so once a process."""

@@ -1,0 +1,219 @@
+"""What goes wrong in PPO and A2C, read off a run's metrics: a pure function from its history to findings.
+
+Each threshold stands with what it was drawn from: runs of recipes/imdb that fail on purpose, and healthy ones
+(docs/failures.md has them all).
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]  # one line of metrics.jsonl: `step` and metrics by name
+
+FIRST_UPDATES = 3  # what a run is like before it has learned much
+LEAST_UPDATES = 8  # fewer say nothing
+NOISE = 3.0  # standard errors of a difference: of some ten evaluations the best is picked, so two would be chance
+TIGHT_KL = 0.5
+LOOSE_KL_PER_TOKEN = 1.0
+LOW_EXPLAINED_VARIANCE = 0.1
+COLLAPSED_ENTROPY = 0.25
+LENGTH_CORRELATION = 0.5
+LENGTH_CHANGE = 0.25
+ALL_TRUNCATED = 0.99
+SAMPLING_GAP = 0.05
+SATURATED_SPREAD = 0.1
+SATURATED_CLIPPED = 0.8
+HIGH_CLIP_FRACTION = 0.4
+HIGH_STEP_KL = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that goes wrong: its name, the numbers that show it, and which key of the recipe to change."""
+
+    name: str
+    evidence: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence}. {self.advice}"
+
+
+@dataclass(frozen=True)
+class History:
+    """The updates' metrics and the held-out evaluations', each in the order of their steps.
+
+    stage: "ppo" or "a2c", the section that advice names.
+    ends_matter: the reward depends on whether a completion has ended.
+    """
+
+    updates: list[Row]
+    evaluations: list[Row]
+    stage: str
+    ends_matter: bool
+
+    def first(self, name: str) -> float:
+        """Mean of a metric over the first updates."""
+        return statistics.fmean(row[name] for row in self.updates[:FIRST_UPDATES])
+
+    def recent(self, name: str) -> float:
+        """Mean of a metric over the last third of the updates."""
+        return statistics.fmean(row[name] for row in self.updates[-max(FIRST_UPDATES, len(self.updates) // 3) :])
+
+
+def diagnose(history: list[Row], stage: str, ends_matter: bool) -> list[Finding]:
+    """The findings of a run so far.
+
+    Args:
+        history: the lines of metrics.jsonl.
+    """
+    updates = [row for row in history if "objective/kl" in row]
+    evaluations = [row for row in history if "eval/reward_se" in row]
+    if len(updates) < LEAST_UPDATES:
+        return []
+    read = History(updates, evaluations, stage, ends_matter)
+    return [finding for check in CHECKS if (finding := check(read)) is not None]
+
+
+def reward_hacking(h: History) -> Finding | None:
+    """The reward rises and gold falls from its best, both beyond noise (Gao et al. 2022, arXiv 2210.10760)."""
+    if len(h.evaluations) < 2 or "eval/gold" not in h.evaluations[-1]:
+        return None
+    best, last = max(h.evaluations, key=lambda row: row["eval/gold"]), h.evaluations[-1]
+    fall, rise = best["eval/gold"] - last["eval/gold"], last["eval/reward"] - best["eval/reward"]
+    if fall < NOISE * _error(best, last, "gold") or rise <= 0:
+        return None
+    return Finding(
+        "reward hacking",
+        f"from step {best['step']} to {last['step']} the reward rose from {best['eval/reward']:.2f} to "
+        f"{last['eval/reward']:.2f} and gold fell from {best['eval/gold']:.3f} to {last['eval/gold']:.3f}, "
+        f"{fall / _error(best, last, 'gold'):.1f} standard errors",
+        "Raise `objective.beta`, train a better `reward`, or end at the best with `watch.on_over_optimisation: rollback`",
+    )
+
+
+def leash_too_tight(h: History) -> Finding | None:
+    if len(h.evaluations) < 2:
+        return None
+    first, last = h.evaluations[0], h.evaluations[-1]
+    rise = last["eval/reward"] - first["eval/reward"]
+    if last["eval/kl"] > TIGHT_KL or rise > NOISE * _error(first, last, "reward"):
+        return None
+    return Finding(
+        "leash too tight",
+        f"after {len(h.updates)} updates the KL is {last['eval/kl']:.2f} nats a completion and the reward has moved by "
+        f"{rise:+.2f} from {first['eval/reward']:.2f}",
+        f"Lower `objective.beta`, or raise `{h.stage}.learning_rate`",
+    )
+
+
+def leash_too_loose(h: History) -> Finding | None:
+    kl = h.recent("objective/kl") / max(1.0, h.recent("completions/mean_length"))
+    if kl < LOOSE_KL_PER_TOKEN:
+        return None
+    return Finding(
+        "leash too loose",
+        f"the KL is {h.recent('objective/kl'):.1f} nats a completion, {kl:.2f} a token",
+        f"Raise `objective.beta`, or hold the KL with `{h.stage}.kl_target`",
+    )
+
+
+def value_not_learning(h: History) -> Finding | None:
+    explained = h.recent("val/explained_variance")
+    if explained > LOW_EXPLAINED_VARIANCE:
+        return None
+    return Finding(
+        "value function not learning",
+        f"it explains {explained:.2f} of the returns' variance",
+        f"Raise `{h.stage}.vf_coef` or `{h.stage}.cliprange_value`, or give it a head start with `{h.stage}.reward_baseline`",
+    )
+
+
+def entropy_collapse(h: History) -> Finding | None:
+    first, recent = h.first("policy/entropy_avg"), h.recent("policy/entropy_avg")
+    if recent > COLLAPSED_ENTROPY * first:
+        return None
+    return Finding(
+        "entropy collapse",
+        f"the entropy fell from {first:.2f} to {recent:.2f} nats a token",
+        f"Raise `objective.beta`, or lower `{h.stage}.learning_rate`",
+    )
+
+
+def length_exploitation(h: History) -> Finding | None:
+    """The score follows the length, and the length has moved."""
+    first, recent = h.first("completions/mean_length"), h.recent("completions/mean_length")
+    start = h.first("completions/length_score_correlation")
+    if abs(start) < LENGTH_CORRELATION or abs(recent / first - 1) < LENGTH_CHANGE or (recent > first) != (start > 0):
+        return None
+    return Finding(
+        "length exploitation",
+        f"length and score correlated by {start:+.2f} at the start, and the mean length went from {first:.1f} to "
+        f"{recent:.1f} tokens",
+        "Charge or credit length with `reward.length_penalty`, or take it out of the reward",
+    )
+
+
+def all_truncated(h: History) -> Finding | None:
+    if not h.ends_matter or h.recent("completions/clipped_ratio") < ALL_TRUNCATED:
+        return None
+    return Finding(
+        "all completions truncated",
+        f"{h.recent('completions/clipped_ratio'):.1%} have no end, which the reward looks for",
+        "Raise `data.max_completion_tokens` or `reward.missing_eos_penalty`, or score unfinished text with `reward.read_eos: "
+        "false`",
+    )
+
+
+def sampling_apart(h: History) -> Finding | None:
+    gap = h.recent("val/sampling_gap")
+    if gap < SAMPLING_GAP:
+        return None
+    return Finding(
+        "sampling and training apart",
+        f"the log-probabilities of sampling and training differ by {gap:.3f} nats a token",
+        "Use `model.dtype: float32`, or raise `sampling.temperature`: below 1 it stretches rounding errors",
+    )
+
+
+def reward_saturated(h: History) -> Finding | None:
+    clipped = h.recent("rewards/clipped") if "rewards/clipped" in h.updates[-1] else 0.0
+    first, recent = h.first("objective/scores_std"), h.recent("objective/scores_std")
+    if clipped < SATURATED_CLIPPED and recent > SATURATED_SPREAD * first:
+        return None
+    return Finding(
+        "reward saturated",
+        f"{clipped:.0%} of the rewards are at `reward.clip`, and their deviation went from {first:.3f} to {recent:.3f}",
+        "Raise `reward.clip`, or use a reward that still tells good completions apart",
+    )
+
+
+def learning_rate_too_high(h: History) -> Finding | None:
+    clip, step = h.recent("policy/clipfrac_avg"), h.recent("policy/step_kl")
+    if clip < HIGH_CLIP_FRACTION and step < HIGH_STEP_KL:
+        return None
+    return Finding(
+        "learning rate too high",
+        f"{clip:.0%} of the tokens' ratios are clipped, and an update moves the policy by {step:.3f} nats a token",
+        f"Lower `{h.stage}.learning_rate` or `{h.stage}.num_ppo_epochs`, or set `{h.stage}.target_kl`",
+    )
+
+
+CHECKS: tuple[Callable[[History], Finding | None], ...] = (
+    reward_hacking,
+    leash_too_tight,
+    leash_too_loose,
+    value_not_learning,
+    entropy_collapse,
+    length_exploitation,
+    all_truncated,
+    sampling_apart,
+    reward_saturated,
+    learning_rate_too_high,
+)
+
+
+def _error(a: Row, b: Row, name: str) -> float:
+    """The standard error of the difference of two evaluations."""
+    return max(1e-8, (a[f"eval/{name}_se"] ** 2 + b[f"eval/{name}_se"] ** 2) ** 0.5)
