@@ -105,13 +105,17 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     print(help_text(stage, doc))
                     return None
                 recipe = load_recipe(line.recipe, line.overrides)
-                from rlhf_recipes.preflight import check, describe
+                from rlhf_recipes.preflight import check, describe, warnings
 
                 if line.dry_run:
                     print(describe(recipe, stage))
                 check(recipe, stage)
+                for warning in warnings(recipe, stage):
+                    _say(f"warning: {warning}")
                 if line.dry_run:
-                    print("# checks: paths, special tokens, lengths and batch sizes are in order; nothing was written")
+                    print(
+                        "# checks: paths, tokens, lengths, batch sizes and disk are in order (a run also tries ten prompts); nothing was written"
+                    )
                     return None
                 from rlhf_recipes.runtime import configure
 
@@ -126,6 +130,10 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
 
 
 def _fail(error: RecipeError) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks
-        print(f"error: {error}", file=sys.stderr)
+    _say(f"error: {error}")
     raise SystemExit(2)
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one process speaks
+        print(line, file=sys.stderr)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 
 from rlhf_recipes.recipe import Recipe, RecipeError
 
@@ -31,6 +32,11 @@ class DPOConfig(trl.DPOConfig):
             "the rewards alone, so DPO's optimum at this beta and reference is the same whoever was sampled."
         },
     )
+
+
+def sft_fields(train: Dataset) -> dict[str, Any]:
+    """TRL trains on completions alone where it finds prompts beside them; we hand it their tokens."""
+    return {"completion_only_loss": True} if "completion" in train.column_names else {}
 
 
 def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path, **shared: Any) -> Any:

@@ -1,12 +1,15 @@
 """Text to token ids: tokenizers, and the datasets each stage trains on."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_recipes.recipe import Recipe, RecipeError
+
+Prompt = str | list[dict[str, str]]  # text, or chat messages
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -49,6 +52,72 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )  # fmt: skip
 
 
+# --- one way to token ids, whichever stage asks --------------------------------------------------------------------
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of messages rather than text."""
+    return not isinstance(prompt, str)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt to be read by a person."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids after which a completion starts: of chat, the template up to where the assistant speaks.
+
+    Raises:
+        RecipeError: chat, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
+    """Token ids of a completion as they follow the prompt's, eos at the end.
+
+    Text is tokenised by itself, as a sampled completion follows its prompt token by token. Of chat, it is what the template
+    adds to the prompt, up to the eos: there a sampled completion stops too.
+
+    Raises:
+        RecipeError: the template changes the prompt once an answer follows, or ends an answer without the tokenizer's eos.
+    """
+    eos = tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        assert isinstance(completion, str), "a completion of text is text"
+        return [*tokenizer(completion, add_special_tokens=False)["input_ids"], eos]
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    before, whole = encode_prompt(tokenizer, prompt), _apply_template(tokenizer, [*prompt, *answer])
+    if whole[: len(before)] != before:
+        raise RecipeError(
+            "the chat template writes a prompt differently once an answer follows it, so supervised stages would train on "
+            f"other tokens than PPO samples: {tokenizer.decode(before)!r} against {tokenizer.decode(whole[: len(before)])!r}; "
+            "change the template in the backbone's tokenizer"
+        )
+    ids = whole[len(before) :]
+    if eos not in ids:
+        raise RecipeError(
+            f"the chat template ends an answer with {tokenizer.decode(ids[-2:])!r} and not with the tokenizer's eos token "
+            f"{tokenizer.eos_token!r}, so a sampled completion would not stop there; make the two agree in the backbone's "
+            f"tokenizer"
+        )
+    return ids[: ids.index(eos) + 1]
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise RecipeError(
+            "prompts are chat messages, and the tokenizer of `model.path` has no chat template; put one into its "
+            "chat_template.jinja, or let load_prompts return text"
+        )
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
+
+
 def tokenize_prompts(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +134,7 @@ def tokenize_prompts(
     Raises:
         RecipeError: fewer than `at_least` prompts fit.
     """
-    ids = tokenizer(list(dataset["prompt"]))["input_ids"]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]]
     fits = [i for i, row in enumerate(ids) if 0 < len(row) <= max_tokens][:limit]
     if len(fits) < at_least:
         raise RecipeError(
@@ -79,18 +148,34 @@ def tokenize_prompts(
 
 
 def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, read_eos: bool) -> Dataset:
-    """`chosen_ids` and `rejected_ids` as TRL's RewardTrainer takes them: prompt + text, with eos only if `read_eos`.
+    """`chosen_ids` and `rejected_ids` as TRL's RewardTrainer takes them: prompt + completion, with eos only if `read_eos`.
 
     A column `length` (of the longer of the two) lets `train_sampling_strategy: group_by_length` batch equals together.
     """
-    eos = tokenizer.eos_token if read_eos else ""
 
-    def tokenize(rows: dict[str, list]) -> dict[str, list]:
-        chosen, rejected = (
-            tokenizer([p + t + eos for p, t in zip(rows["prompt"], rows[side], strict=True)])["input_ids"]
-            for side in ("chosen", "rejected")
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        ids = {}
+        for side in ("chosen", "rejected"):
+            completion = encode_completion(tokenizer, row["prompt"], row[side])
+            ids[f"{side}_ids"] = encode_prompt(tokenizer, row["prompt"]) + (completion if read_eos else completion[:-1])
+        return {**ids, "length": max(map(len, ids.values()))}
+
+    return dataset.map(tokenize, desc="Tokenizing pairs")
+
+
+def tokenize_demonstrations(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Prompts and completions as TRL's SFTTrainer takes them; datasets of `text` or `messages` are left to it.
+
+    TRL would tokenise prompt and completion in one piece, to other ids than PPO sees where a token spans both.
+    """
+    if "completion" not in dataset.column_names:
+        return dataset
+
+    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
+        prompt, completion = (
+            encode_prompt(tokenizer, row["prompt"]),
+            encode_completion(tokenizer, row["prompt"], row["completion"]),
         )
-        length = [max(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-        return {"chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+        return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
 
-    return dataset.map(tokenize, batched=True, desc="Tokenizing pairs")
+    return dataset.map(tokenize, remove_columns=dataset.column_names, desc="Tokenizing demonstrations")

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import tokenize_prompts
+from rlhf_recipes.data import encode_prompt, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, stop_together
@@ -234,7 +234,7 @@ def side_by_side(prompts: Dataset, judged: dict[str, Completions]) -> list[dict[
     """A row a prompt: the first completion of each of `judged`, with its reward and gold score."""
     rows = []
     for i, prompt in enumerate(prompts["prompt"]):
-        row: dict[str, Any] = {"prompt": prompt}
+        row: dict[str, Any] = {"prompt": prompt_text(prompt)}
         for name, side in judged.items():
             row |= {name: side.texts[i][0], f"{name}_reward": side.reward[i, 0].item()}
             if side.gold is not None:
@@ -250,12 +250,13 @@ def sample_texts(
     prompts = [""]
     if hasattr(task, "load_prompts"):
         prompts = load_dataset(task, "load_prompts", "eval")[: recipe.evaluate.samples]["prompt"]
-    queries = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
+    ids = {"input_ids": [encode_prompt(tokenizer, prompt) for prompt in prompts]}
+    queries = tokenizer.pad(ids, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
     torch.manual_seed(recipe.run.seed)
     length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
     sequences, _ = sample_completions(model, queries, tokenizer, length, temperature)
     texts = tokenizer.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
-    return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
+    return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 @torch.no_grad()

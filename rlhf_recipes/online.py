@@ -5,6 +5,7 @@ from typing import Any
 from rlhf_recipes.callbacks import Watch, watch
 from rlhf_recipes.configs import stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+from rlhf_recipes.doctor import examine
 from rlhf_recipes.evaluation import complete, judge_policy, prepare_rewards
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, episodes_per_update, ppo_fields
 from rlhf_recipes.recipe import Recipe, RecipeError
@@ -29,6 +30,7 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
         if gold is None and value == needs_gold:
             raise RecipeError(f"`{key}` {value}: {task.__file__} has no `gold_reward`")
     roles = build_roles(recipe, tokenizer, value="adapter" if section.get("loop") == "trl" else section.get("value", "trunk"))
+    examine(roles, train, recipe)
 
     run = Run.prepare(recipe, stage)
     args = stage_config(PPOConfig, recipe, stage, run.folder, **ppo_fields(recipe, stage))

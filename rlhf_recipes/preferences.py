@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_recipes.data import encode_completion, encode_prompt
 from rlhf_recipes.evaluation import Completions, complete
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Reference, Roles
@@ -156,21 +157,17 @@ def load_pairs(file: Path) -> Dataset:
 
 
 def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
-    """Pairs of texts, as a person made them, to the same token ids; a completion ends with eos and is cut at the limit.
+    """Pairs as a person made them to the same token ids; a completion is cut at `data.max_completion_tokens`."""
+    limit = recipe.data.max_completion_tokens
 
-    A completion is tokenised by itself, as a sampled one follows its prompt token by token.
-    """
-    eos, limit = tokenizer.eos_token_id, recipe.data.max_completion_tokens
-
-    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["prompt"]
         completions = {
-            f"{side}_ids": [[*ids, eos][:limit] for ids in tokenizer(list(rows[side]), add_special_tokens=False)["input_ids"]]
-            for side in ("chosen", "rejected")
+            f"{side}_ids": encode_completion(tokenizer, prompt, row[side])[:limit] for side in ("chosen", "rejected")
         }
-        prompt_ids = tokenizer(list(rows["prompt"]))["input_ids"]
-        return {"prompt_ids": prompt_ids, **completions, "label_smoothing": [0.0] * len(prompt_ids)}
+        return {"prompt_ids": encode_prompt(tokenizer, prompt), **completions, "label_smoothing": 0.0}
 
-    tokenized = pairs.map(tokenize, batched=True, remove_columns=pairs.column_names, desc="Tokenizing pairs")
+    tokenized = pairs.map(tokenize, remove_columns=pairs.column_names, desc="Tokenizing pairs")
     longest = recipe.data.max_prompt_tokens
     kept = tokenized.filter(lambda row: len(row["prompt_ids"]) <= longest and row["chosen_ids"] != row["rejected_ids"])
     if len(kept) == 0:

@@ -60,6 +60,7 @@ def check(recipe: Recipe, stage: str) -> None:
     if stage == "dpo":
         _check_dpo(recipe)
     _check_pad(recipe)
+    _check_disk(recipe, stage)
 
 
 def _check_engine(recipe: Recipe, stage: str) -> None:
@@ -253,6 +254,41 @@ def _check_pad(recipe: Recipe) -> None:
         )
 
 
+def warnings(recipe: Recipe, stage: str) -> list[str]:
+    """What may go wrong, by rough estimates."""
+    estimate = None if stage == "report" else memory_estimate(recipe, stage)
+    needed, free = sum((estimate or {}).values()), psutil.virtual_memory().available
+    if needed <= free:
+        return []
+    return [
+        f"{stage} needs about {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB free; if no GPU "
+        f"holds it, lower the batch size, `data.max_completion_tokens` or `lora.r`, or use `model.dtype` bfloat16"
+    ]
+
+
+def _check_disk(recipe: Recipe, stage: str) -> None:
+    """Room for what a run writes: about three copies of what it trains, with the optimizer's state for a whole backbone."""
+    _, shapes = _backbone(recipe)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    from_scratch = stage == "sft" and recipe.stages["sft"].get("from_scratch")
+    needed = 16 * parameters if from_scratch else _BYTES[recipe.model.save_dtype] * parameters if stage == "sft" else 0
+    needed += 3 * 12 * _lora_parameters(recipe, shapes)
+    folder = Path(recipe.run.output).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = psutil.disk_usage(str(folder)).free
+    if needed > free:
+        raise RecipeError(
+            f"`run.output` {recipe.run.output}: {stage} writes about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
+            f"free in {folder}; make room, or choose another place with --run.output"
+        )
+
+
+def _lora_parameters(recipe: Recipe, shapes: dict[str, list[int]]) -> int:
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
+    return recipe.lora.r * sum(sum(shape) for shape in matrices)
+
+
 # --- what --dry-run prints ---------------------------------------------------------------------------------------
 
 
@@ -282,8 +318,7 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
         return None
     weight_bytes = _BYTES[recipe.model.dtype]
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
-    lora = recipe.lora.r * sum(sum(shape) for shape in matrices)
+    lora = _lora_parameters(recipe, shapes)
     section = recipe.stages.get(section_of(stage), {})
     trains = section_of(stage) in recipe.stages
     batch = section.get("per_device_train_batch_size", 8) if trains else recipe.evaluate.batch_size

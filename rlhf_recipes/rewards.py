@@ -24,9 +24,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.data import Prompt, is_chat
 from rlhf_recipes.recipe import RecipeError
-
-Prompt = str | list[dict[str, str]]  # text, or chat messages
 
 
 @dataclass
@@ -198,7 +197,7 @@ class ModelReward(nn.Module):
 
     def _tokenize(self, prompts: list[Prompt], texts: list[str]):
         padded = {"padding": True, "truncation": self.max_length is not None, "max_length": self.max_length}
-        if is_chat(prompts):
+        if is_chat(prompts[0]):
             messages = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, texts, strict=True)]
             whole = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in messages]
             return self.tokenizer(whole, add_special_tokens=False, return_tensors="pt", **padded)
@@ -234,7 +233,7 @@ class FunctionReward:
 
     async def _call(self, samples: Samples) -> list:
         completions: list[Any] = samples.texts
-        if is_chat(samples.prompts):
+        if is_chat(samples.prompts[0]):
             completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
         if inspect.iscoroutinefunction(self.function):
             returned = await self.function(samples.prompts, completions, **samples.columns)
@@ -280,10 +279,6 @@ def _complaint(value: Any) -> str | None:
         return None if math.isfinite(value) else f"returned {value}"
     except TypeError:
         return f"returned {value!r}, which is no number"
-
-
-def is_chat(prompts: list[Prompt]) -> bool:
-    return bool(prompts) and not isinstance(prompts[0], str)
 
 
 # --- their sum ---------------------------------------------------------------------------------------------------

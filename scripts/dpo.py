@@ -20,6 +20,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import DPOConfig, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.doctor import examine
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
     from rlhf_recipes.evaluation import judge_policy, prepare_rewards
     from rlhf_recipes.roles import build_roles
@@ -37,6 +38,7 @@ def main(recipe: Recipe) -> dict:
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
 
     roles = build_roles(recipe, tokenizer)
+    examine(roles, held_out, recipe)
 
     run = Run.prepare(recipe, "dpo")
     args = stage_config(DPOConfig, recipe, "dpo", run.folder, **dpo_fields(recipe))

@@ -14,6 +14,7 @@ from rlhf_recipes.recipe import Recipe
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.doctor import examine
     from rlhf_recipes.evaluation import prepare_rewards
     from rlhf_recipes.preferences import sample_pairs
     from rlhf_recipes.roles import build_roles
@@ -25,6 +26,7 @@ def main(recipe: Recipe) -> dict:
     train = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, recipe.preferences.prompts)
 
     roles = build_roles(recipe, tokenizer)
+    examine(roles, train, recipe)
 
     run = Run.prepare(recipe, "preferences")
     run.start()

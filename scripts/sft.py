@@ -19,8 +19,8 @@ def main(recipe: Recipe) -> dict:
     from trl import SFTTrainer
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, stage_config
-    from rlhf_recipes.data import load_tokenizer, train_tokenizer
+    from rlhf_recipes.configs import SFTConfig, sft_fields, stage_config
+    from rlhf_recipes.data import load_tokenizer, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
@@ -40,7 +40,8 @@ def main(recipe: Recipe) -> dict:
     model = build()
 
     run = Run.prepare(recipe, "sft")
-    args = stage_config(SFTConfig, recipe, "sft", run.folder)
+    args = stage_config(SFTConfig, recipe, "sft", run.folder, **sft_fields(train))
+    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     run.start()
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
