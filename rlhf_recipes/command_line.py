@@ -113,9 +113,8 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                 for warning in warnings(recipe, stage):
                     _say(f"warning: {warning}")
                 if line.dry_run:
-                    print(
-                        "# checks: paths, tokens, lengths, batch sizes and disk are in order (a run also tries ten prompts); nothing was written"
-                    )
+                    print("# checks: paths, tokens, lengths, batch sizes, disk are in order (a run also tries ten prompts)")
+                    print("# nothing was written")
                     return None
                 from rlhf_recipes.runtime import configure
 
