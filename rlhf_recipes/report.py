@@ -23,6 +23,7 @@ from rlhf_recipes.report_plots import (
     gold_plot,
     plotly_figure,
     save_png,
+    watch_plots,
 )
 from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
 
@@ -76,12 +77,13 @@ def render_html(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    frontier, gold, curves = frontier_plot(data), gold_plot(data), curve_plots(data)
+    frontier, gold, curves, watched = frontier_plot(data), gold_plot(data), curve_plots(data), watch_plots(data)
     content = {
         "plots": {
             "frontier": plotly_figure(frontier, square_root_x=True),
             "frontier-linear": plotly_figure(frontier),
             **({"gold": plotly_figure(gold)} if gold else {}),
+            **{f"watch-{at}": plotly_figure(plot, square_root_x=True) for at, plot in enumerate(watched.values())},
             **{f"curve-{at}": plotly_figure(plot) for at, plot in enumerate(curves.values())},
         },
         "sides": data.sides,
@@ -102,6 +104,7 @@ def render_html(data: ReportData) -> str:
         frontier=frontier,
         gold=gold,
         curves=curves,
+        watched=watched,
         headline=headline(data),
         optimum=optimum_sentence(data),
         content=_script_json(content),
@@ -153,6 +156,11 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
     lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(_markdown, frontier.notes)]
     if gold_plot(data):
         lines += ["", "## Gold against reward", "", "![gold against reward](gold.png)"]
+    if watch_plots(data):
+        lines += ["", "## Over-optimisation", "", "![held-out reward and gold against KL while training](watch.png)"]
+    found = [[policy.name, f["name"], f["evidence"], f["advice"]] for policy in data.policies for f in policy.findings]
+    if found:
+        lines += ["", "## Findings", "", *_markdown_table(["policy", "finding", "evidence", "advice"], found)]
     if curve_plots(data):
         lines += ["", "## Training", "", "![training curves](curves.png)"]
     texts = [[str(row["prompt"]), *(_with_scores(row, side) for side in data.sides)] for row in data.samples[:samples]]
@@ -182,11 +190,13 @@ def _markdown(text: str) -> str:
 
 def write_report(data: ReportData, folder: Path) -> None:
     """report.html, report.md and its PNGs into `folder`."""
-    gold, curves = gold_plot(data), curve_plots(data)
+    gold, curves, watched = gold_plot(data), curve_plots(data), watch_plots(data)
     (folder / "report.html").write_text(render_html(data), encoding="utf-8")
     (folder / "report.md").write_text(render_markdown(data), encoding="utf-8")
     save_png([frontier_plot(data)], folder / "frontier.png", square_root_x=True)
     if gold:
         save_png([gold], folder / "gold.png")
+    if watched:
+        save_png(list(watched.values()), folder / "watch.png", square_root_x=True)
     if curves:
         save_png(list(curves.values()), folder / "curves.png")

@@ -89,6 +89,8 @@ class Policy:
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # `section.key` -> value, of the sections that shape the training
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # metric -> (episodes or steps, value)
+    watched: list[dict[str, Any]] = field(default_factory=list)  # the held-out evaluations during training, in order
+    findings: list[dict[str, str]] = field(default_factory=list)  # what diagnosis.py found in it
 
 
 @dataclass(frozen=True)
@@ -205,14 +207,20 @@ def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, wher
         seed=summary.get("seed", (resolved.get("run") or {}).get("seed")),
         settings=settings,
         curves=_read_curves(folder, CURVES.get(kind, {})),
+        watched=[row for row in _read_metrics(folder) if {"eval/reward_se", "eval/kl"} <= row.keys()],
+        findings=summary.get("findings", []),
     )
 
 
 def _read_curves(folder: Path, metrics: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
     """Metric -> its points; x is `episode` where the trainer counts them, else `step`."""
-    rows = _read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    rows = _read_metrics(folder)
     curves = {name: [(row.get("episode", row.get("step", 0)), row[name]) for row in rows if name in row] for name in metrics}
     return {name: points for name, points in curves.items() if points}
+
+
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return _read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

@@ -244,6 +244,41 @@ def curve_plots(data: ReportData) -> dict[str, Plot]:
     return plots
 
 
+def watch_plots(data: ReportData) -> dict[str, Plot]:
+    """Held-out reward and gold against KL while a policy trained, as in Gao et al. 2022 (arXiv 2210.10760), figure 1.
+
+    The point of the highest gold is labelled with its step: past it, what the reward gains is over-optimisation.
+    """
+    colours = curve_colours(data)
+    plots = {}
+    for metric in ("reward", "gold"):
+        series = []
+        for policy in data.policies:
+            rows = [row for row in policy.watched if f"eval/{metric}" in row]
+            if not rows:
+                continue
+            colour, dash = colours[policy.name]
+            peak = max(rows, key=lambda row: row.get("eval/gold", row["eval/reward"]))
+            kl, y = [max(0.0, row["eval/kl"]) for row in rows], [row[f"eval/{metric}"] for row in rows]
+            errors = [1.96 * row.get(f"eval/{metric}_se", 0.0) for row in rows]
+            series.append(
+                Series(
+                    policy.name,
+                    colour,
+                    kl,
+                    y,
+                    y_bars=[(value - error, value + error) for value, error in zip(y, errors, strict=True)],
+                    labels=[f"best gold: step {row['step']}" if row is peak and "eval/gold" in row else "" for row in rows],
+                    hover=[[policy.name, f"step {row['step']}", f"{metric} {row[f'eval/{metric}']:.3f}"] for row in rows],
+                    marker=STYLES[policy.kind].marker,
+                    dash=dash,
+                )
+            )
+        if series:
+            plots[metric] = Plot("KL to the reference, nats a sequence", metric, series, title=f"held-out {metric}")
+    return plots
+
+
 def curve_colours(data: ReportData) -> dict[str, tuple[str, str]]:
     """Policy -> colour and dash of its curve: its stage's colour, shaded and dashed to tell several runs apart."""
     styles = {}

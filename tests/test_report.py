@@ -15,7 +15,15 @@ import yaml
 
 from rlhf_recipes.report import headline, render_html, render_markdown, table_metrics, write_report
 from rlhf_recipes.report_data import load_report_data
-from rlhf_recipes.report_plots import curve_plots, differing_settings, frontier_plot, gold_plot, plotly_figure, sqrt_ticks
+from rlhf_recipes.report_plots import (
+    curve_plots,
+    differing_settings,
+    frontier_plot,
+    gold_plot,
+    plotly_figure,
+    sqrt_ticks,
+    watch_plots,
+)
 
 EVIL = "<script>alert(1)</script> </script> <!-- | `x` ![i](http://x.example/i.png)"
 FOREIGN = "<b>foreign</b> $x$"  # HTML to plotly, a formula to matplotlib
@@ -45,7 +53,9 @@ def metrics(reward, kl, gold):
 
 def write_run(folder, stage, beta, seed):
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps({"task": "toy", "stage": stage, "seed": seed, "beta": beta}))
+    finding = {"name": "reward hacking", "evidence": f"gold fell {EVIL}", "advice": "Raise `objective.beta`"}
+    summary = {"task": "toy", "stage": stage, "seed": seed, "beta": beta, "findings": [finding] if stage == "ppo" else []}
+    (folder / "summary.json").write_text(json.dumps(summary))
     resolved = {"objective": {"beta": beta}, "run": {"seed": seed}, stage: {"learning_rate": 1e-4}, "lora": {"r": 4}}
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump(resolved))
     if stage == "dpo":
@@ -54,6 +64,10 @@ def write_run(folder, stage, beta, seed):
         keys = ("objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy_avg")
         rows = [{"step": s, "episode": 64 * s, **dict.fromkeys(keys, s / 2)} for s in (1, 2, 3)]
         rows[1]["objective/kl"] = float("nan")
+        rows += [
+            {"step": 10 * i, "eval/reward": r, "eval/reward_se": 0.1, "eval/gold": g, "eval/gold_se": 0.02, "eval/kl": kl}
+            for i, (r, g, kl) in enumerate([(0.5, 0.5, -0.01), (2.0, 0.8, 4.0), (3.0, 0.6, 9.0)])
+        ]
     with (folder / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in [*rows, {"step": 99, "eval/reward": 1.0}])
 
@@ -269,7 +283,7 @@ def test_the_table_has_every_number(data, written):
         assert line in page_text(written / "report.html")
         assert line in text
     assert [re.findall(r"!\[.*?\]\((.*?)\)", line)[0] for line in text.splitlines() if line.startswith("![")] == [
-        "frontier.png", "gold.png", "curves.png",
+        "frontier.png", "gold.png", "watch.png", "curves.png",
     ]  # fmt: skip
     assert sum(line.startswith("| prompt ") for line in text.splitlines()) == 1 + 9  # head, and EVIL is not named prompt
     assert headline(data).endswith("Without training, best-of-16 has 1.233.")
@@ -356,7 +370,7 @@ def test_the_script_writes_the_latest_evaluation_and_loads_no_weights(recipe):
     summary = run_script(recipe)
     target = recipe.parent / "outputs/toy/report/r"
     assert {p.name for p in target.iterdir()} == {
-        "report.html", "report.md", "frontier.png", "gold.png", "curves.png",
+        "report.html", "report.md", "frontier.png", "gold.png", "watch.png", "curves.png",
         "recipe.resolved.yaml", "summary.json", "README.md",
     }  # fmt: skip
     assert summary["policies"] == [*UNTRAINED, *TRAINED]
@@ -516,3 +530,24 @@ def test_rendering_does_not_change_what_was_read(data):
     before = copy.deepcopy(data)
     assert render_html(data) == render_html(data)
     assert data == before
+
+
+def test_over_optimisation_is_drawn_with_its_turning_point(data):
+    plots = watch_plots(data)
+    assert list(plots) == ["reward", "gold"]
+    assert [s.name for s in plots["gold"].series] == ["ppo-low", "ppo-a", "ppo-b", "a2c"]
+    for metric, values in (("reward", [0.5, 2.0, 3.0]), ("gold", [0.5, 0.8, 0.6])):
+        series = plots[metric].series[0]
+        assert series.x == [0.0, 4.0, 9.0]
+        assert series.y == values
+        assert series.labels == ["", "best gold: step 10", ""]
+    assert plots["gold"].series[0].y_bars[1] == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02))
+
+
+def test_findings_are_shown_and_no_markup(data, written):
+    page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    assert page.count("<strong>ppo-a: reward hacking.</strong>") == 1
+    assert html.escape(EVIL) in page.replace("&#34;", "&quot;")
+    assert "## Findings" in text
+    assert "Raise &#96;objective.beta&#96;" in text
+    assert (written / "watch.png").is_file()
