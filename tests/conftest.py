@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests import scripts.*
 
 TASK = """
+import os
 import random
 from datasets import Dataset
 
@@ -30,6 +31,14 @@ def load_preferences(split):
 
 def load_demonstrations(split):
     return Dataset.from_dict({"text": _texts(split, GOOD + BAD)})
+
+async def wordy(prompts, completions, **columns):
+    return [len(c.split()) / 10 if c else None for c in completions]
+
+def fails_in_the_last_process(prompts, completions, **columns):
+    last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+    in_rollout = len(completions) == 8  # evaluations have batches of 4
+    return [float("nan") if last and in_rollout and i == 0 else 1.0 for i in range(len(completions))]
 
 def gold_reward(prompts, completions, **columns):
     return [float(sum(word in c for word in GOOD)) for c in completions]
@@ -83,6 +92,32 @@ def write_tiny_recipe(folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     reward.save_pretrained(folder / "checkpoints" / "reward")
     return folder
+
+
+def write_foreign_reward(folder: Path) -> Path:
+    """A BERT classifier of three labels with a tokenizer of its own."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from rlhf_recipes.data import train_tokenizer
+
+    tokenizer = train_tokenizer(["a great film, a dull plot", "poor and awful was the rest"] * 8, 280)
+    tokenizer.model_max_length = 40
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
+        id2label={0: "bad", 1: "so-so", 2: "good"}, label2id={"bad": 0, "so-so": 1, "good": 2},
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reward model with another architecture and tokenizer; read only."""
+    return write_foreign_reward(tmp_path_factory.mktemp("rewards") / "foreign")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ accelerate launch ... tests/processes_worker.py RECIPE FOLDER STEPS...
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -85,6 +86,33 @@ def scripts(recipe_folder, folder):
                     "--ppo.load_best_model_at_end", "true"] if name == "ppo" else []  # fmt: skip
         script.main([*common, *rounds, *held_out])
     evaluate.main(common)
+
+
+def rewards(recipe_folder, folder):
+    """Two updates on every kind of reward; and one that fails in the last process alone. The exit code of each."""
+    from scripts import ppo
+
+    foreign = {"model": os.environ["FOREIGN_REWARD"], "label": "good", "name": "foreign"}
+    kinds = {
+        "adapter": [{"adapter": "checkpoints/reward"}],
+        "function": [{"function": "gold_reward"}],
+        "async": [{"function": "wordy"}],
+        "model": [foreign],
+        "sum": [{"adapter": "checkpoints/reward"}, {"function": "wordy", "weight": 0.5}, foreign],
+        "failing": [{"function": "fails_in_the_last_process"}],
+        "skipping": [{"function": "fails_in_the_last_process", "on_error": "skip"}],
+    }
+    shaping = ["--reward.normalize", "true", "--reward.clip", "3", "--reward.length_penalty", "0.01"]
+    answers = {}
+    for kind, terms in kinds.items():
+        words = ["--recipe", recipe_folder, "--run.output", folder, "--run.name", f"reward-{kind}", "--reward.read_eos", "true"]
+        words += ["--reward.adapter", "null", "--reward.terms", json.dumps(terms), *(shaping if kind == "sum" else [])]
+        try:
+            summary = ppo.main(list(map(str, words)))
+            answers[kind] = summary["policy"]["reward"]
+        except SystemExit as stop:
+            answers[kind] = f"exit {stop.code}"
+    return answers
 
 
 if __name__ == "__main__":

@@ -111,14 +111,31 @@ def test_the_checkpoints_are_what_make_py_makes(tmp_path):
         assert (tmp_path / part).read_bytes() == (LAB / "checkpoints" / part).read_bytes(), part
 
 
+PYTHON = {"reward.adapter": None, "reward.function": True}
+
+
+def test_a_python_reward_is_enumerated_with_its_prompt(lab):
+    _, _, prompts = lab
+    recipe = load_recipe(LAB, PYTHON)
+    roles = build_roles(recipe, load_tokenizer(recipe))
+    exact = enumerate_policy(roles.reference, roles, prompts, recipe)
+    assert exact.rewards.amax(1).tolist() == [3.0] * 8  # three times the next letter
+    assert exact.rewards.amin(1).tolist() == [-1.5] * 8
+    assert exact.rewards.argmax(1).unique().numel() == 8
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.5, 1.0])
-@pytest.mark.parametrize("stage", ["ppo", "a2c", "dpo"])
-def test_every_trainer_reaches_the_optimum(stage, beta, lab, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "beta", "keys"),
+    [(stage, beta, {}) for stage in ("ppo", "a2c", "dpo") for beta in (0.5, 1.0)]
+    + [(stage, 0.5, PYTHON) for stage in ("ppo", "dpo")]
+    + [("ppo", 0.5, {"ppo.kl_loss": True}), ("ppo", 0.5, {"ppo.kl_loss": True, "ppo.kl_estimator": "k3"})],
+)
+def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     """Exact KL(pi || pi*) at least 20 times smaller than the reference's, J at least 0.97 of the way to J*."""
     _, _, prompts = lab
-    run(stage, LAB, tmp_path, f"--objective.beta={beta}")
-    recipe = load_recipe(LAB, {"objective.beta": beta})
+    run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
+    recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
     roles = build_roles(recipe, load_tokenizer(recipe))
     with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe) as policy:
         trained = enumerate_policy(policy, roles, prompts, recipe).exact(beta)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "processes_worker.py"
+STEPS = ("fixed_gradient", "every_update", "scripts", "rewards")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -30,18 +32,17 @@ def finish(process):
 
 
 @pytest.fixture(scope="module")
-def two(tiny, tmp_path_factory):
+def two(tiny, foreign, tmp_path_factory):
     """The answers of both processes to every question, and their folder."""
     folder = tmp_path_factory.mktemp("two")
-    steps = ("fixed_gradient", "every_update", "scripts")
-    launch("multi_cpu.yaml", ROOT / "tests" / "processes_worker.py", tiny, folder, *steps)
+    launch("multi_cpu.yaml", WORKER, tiny, folder, *STEPS, env={"FOREIGN_REWARD": str(foreign)})
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
 @pytest.fixture(scope="module")
-def one(tiny, tmp_path_factory):
+def one(tiny, foreign, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch("cpu.yaml", ROOT / "tests" / "processes_worker.py", tiny, folder, "fixed_gradient", "every_update", "scripts")
+    launch("cpu.yaml", WORKER, tiny, folder, *STEPS, env={"FOREIGN_REWARD": str(foreign)})
     return json.loads((folder / "rank0.json").read_text()), folder
 
 
@@ -87,6 +88,31 @@ def test_every_stage_runs_and_saves_once_what_one_process_saves(one, two):
         assert len(steps) == len(set(steps)), stage
     pairs = [(f / "tiny" / "preferences" / "run" / "pairs.jsonl").read_text() for f in (one[1], two[1])]
     assert pairs[0] == pairs[1]
+
+
+def test_every_kind_of_reward_trains_in_one_and_two_processes(one, two):
+    for answers, folder in ((one[0], one[1]), (two[0][0], two[1])):
+        ends = answers["rewards"]
+        assert ends.pop("failing") == "exit 2"
+        assert all(isinstance(reward, float) for reward in ends.values()), ends
+        for kind, names in (("adapter", ["reward"]), ("async", ["wordy"]), ("sum", ["reward", "wordy", "foreign"])):
+            lines = (folder / "tiny" / "ppo" / f"reward-{kind}" / "metrics.jsonl").read_text().splitlines()
+            for line in map(json.loads, lines[:2]):
+                assert [n for n in line if n.startswith("rewards/") and n.endswith("/mean")] == [
+                    f"rewards/{n}/mean" for n in names
+                ]
+    assert two[0][1]["rewards"]["failing"] == "exit 2"  # the process whose reward failed, and the other one
+
+
+def test_a_reward_that_fails_in_one_process_names_the_completion_and_skipping_counts_it(two):
+    folder = two[1] / "tiny" / "ppo"
+    [file] = (folder / "reward-failing").glob("failed_reward-*.json")
+    assert file.name == "failed_reward-fails_in_the_last_process-1.json"
+    [row] = json.loads(file.read_text())
+    assert row["what"] == "returned nan"
+    assert row["prompt"]
+    line = json.loads((folder / "reward-skipping" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["rewards/skipped"] == pytest.approx(1 / 16)  # one of the second process's eight; none of the first's
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +186,7 @@ def test_two_machines(tiny, tmp_path):
         processes = [
             launch(
                 config, "--num_processes", 2, "--machine_rank", rank, "--main_process_ip", "10.77.0.1",
-                ROOT / "tests" / "processes_worker.py", tiny, tmp_path, "every_update",
+                WORKER, tiny, tmp_path, "every_update",
                 prefix=["ip", "netns", "exec", name], env={"GLOO_SOCKET_IFNAME": device}, wait=False,
             )
             for rank, (name, device) in enumerate(zip(names, ("rlhf_va", "rlhf_vb"), strict=True))

@@ -496,7 +496,7 @@ def test_the_page_works_in_a_browser_without_a_network(browse, data, width, heig
     seen, pixels = browse(width, height)
     assert seen["width"] == width
     assert seen["scroll"] == width  # no sideways scrolling
-    names = ["frontier", "gold", *(f"curve-{at}" for at in range(len(curve_plots(data))))]
+    names = ["frontier", "gold", "watch-0", "watch-1", *(f"curve-{at}" for at in range(len(curve_plots(data))))]
     assert [name for name, *_ in seen["plots"]] == names
     for name, box, svg, traces in seen["plots"]:
         assert svg == box <= width, name

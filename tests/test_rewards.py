@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-from rlhf_recipes.data import load_tokenizer, train_tokenizer
+from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.evaluation import complete, prepare_rewards
 from rlhf_recipes.recipe import RecipeError, load_recipe
 from rlhf_recipes.rewards import FunctionReward, ModelReward, RewardError, Rewards, Samples, Term
@@ -141,23 +141,6 @@ def test_a_row_that_one_reward_failed_on_is_left_out_whatever_the_others_say(tok
 
 
 # --- models and adapters -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A BERT classifier of three labels with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("foreign")
-    tokenizer = train_tokenizer(["a great film, a dull plot", "poor and awful was the rest"] * 8, 280)
-    tokenizer.model_max_length = 40
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=280, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
-        id2label={0: "bad", 1: "so-so", 2: "good"}, label2id={"bad": 0, "so-so": 1, "good": 2},
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("keys", "column"), [({"label": "good"}, 2), ({"label": 0, "probability": True}, 0)])
