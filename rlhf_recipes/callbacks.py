@@ -55,8 +55,8 @@ class ProgressBar(TrainerCallback):
 class Watch(TrainerCallback):
     """Diagnoses a PPO or A2C run at every held-out evaluation and at its end, and says each finding once.
 
-    On reward hacking it does what `watch.on_over_optimisation` says: `rollback` too stops here, and the trainer then loads the
-    best policy by gold.
+    On reward hacking it does what `watch.on_over_optimisation` says; with `rollback` the trainer keeps the best policy by gold,
+    and loads it as it stops.
     """
 
     def __init__(self, run: Run) -> None:
@@ -71,9 +71,10 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._look(state)
-        hacked = any(finding.name == "reward hacking" for finding in self.run.findings)
-        if hacked and self.run.recipe.watch.on_over_optimisation != "warn":
+        action = self.run.recipe.watch.on_over_optimisation
+        if action != "warn" and any(finding.name == "reward hacking" for finding in self.run.findings):
             control.should_training_stop = True
+            args.load_best_model_at_end = action == "rollback"
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -126,7 +126,8 @@ def value_not_learning(h: History) -> Finding | None:
     return Finding(
         "value function not learning",
         f"it explains {explained:.2f} of the returns' variance",
-        f"Raise `{h.stage}.vf_coef` or `{h.stage}.cliprange_value`, or give it a head start with `{h.stage}.reward_baseline`",
+        f"Raise `{h.stage}.vf_coef` or train longer; `{h.stage}.reward_baseline` is a head start where the reward model reads "
+        f"unfinished text well, and a burden where it does not",
     )
 
 
@@ -145,7 +146,12 @@ def length_exploitation(h: History) -> Finding | None:
     """The score follows the length, and the length has moved."""
     first, recent = h.first("completions/mean_length"), h.recent("completions/mean_length")
     start = h.first("completions/length_score_correlation")
-    if abs(start) < LENGTH_CORRELATION or abs(recent / first - 1) < LENGTH_CHANGE or (recent > first) != (start > 0):
+    if (
+        first == 0
+        or abs(start) < LENGTH_CORRELATION
+        or abs(recent / first - 1) < LENGTH_CHANGE
+        or (recent > first) != (start > 0)
+    ):
         return None
     return Finding(
         "length exploitation",
@@ -196,7 +202,7 @@ def learning_rate_too_high(h: History) -> Finding | None:
     return Finding(
         "learning rate too high",
         f"{clip:.0%} of the tokens' ratios are clipped, and an update moves the policy by {step:.3f} nats a token",
-        f"Lower `{h.stage}.learning_rate` or `{h.stage}.num_ppo_epochs`, or set `{h.stage}.target_kl`",
+        f"Lower `{h.stage}.learning_rate`" + (" or `ppo.num_ppo_epochs`, or set `ppo.target_kl`" if h.stage == "ppo" else ""),
     )
 
 

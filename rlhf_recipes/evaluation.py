@@ -1,6 +1,5 @@
 """Judging policies on held-out prompts: reward, gold, KL, the objective, and whether the text is still text."""
 
-import asyncio
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_recipes.data import encode_prompt, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, stop_together
+from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async, stop_together
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar
@@ -63,7 +62,7 @@ class Completions:
         reward, kl = self.reward.nanmean().item(), self.kl.mean().item()
         return {
             "reward": reward,
-            **({} if self.gold is None else {"gold": self.gold.mean().item()}),
+            **({} if self.gold is None else {"gold": self.gold.nanmean().item()}),
             "kl": kl,
             "objective": reward - beta * kl,
             **({f"reward_{name}": own.nanmean().item() for name, own in self.terms.items()} if len(self.terms) > 1 else {}),
@@ -77,7 +76,8 @@ class Completions:
     def standard_errors(self) -> dict[str, float]:
         """Of the mean reward and gold, over prompts: reward_se, gold_se."""
         by_prompt = {"reward_se": self.reward.nanmean(1)} | ({} if self.gold is None else {"gold_se": self.gold.nanmean(1)})
-        return {name: values[~values.isnan()].std().item() / len(values) ** 0.5 for name, values in by_prompt.items()}
+        known = {name: values[~values.isnan()] for name, values in by_prompt.items()}
+        return {name: values.std().item() / len(values) ** 0.5 for name, values in known.items()}
 
 
 def distinct_n(texts: list[str], n: int) -> float:
@@ -177,7 +177,7 @@ def _judge_batch(
         **{f"reward {name}": own.tolist() for name, own in scores.terms.items()},
     }
     if gold is not None:
-        own, _ = asyncio.run(FunctionReward(gold).score(samples))
+        own, _ = run_async(FunctionReward(gold).score(samples))
         batch["gold"] = own.tolist()
     return batch
 

@@ -45,7 +45,8 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     trainer = PPOTrainer(args, roles, train, judge=judge)
     watch(trainer, run)
-    trainer.add_callback(Watch(run))
+    if args.loop == "lean":  # TRL's own logs less
+        trainer.add_callback(Watch(run))
     trainer.train()
 
     trainer.save_model()

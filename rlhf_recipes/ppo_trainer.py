@@ -555,7 +555,7 @@ def episodes_per_update(recipe: Recipe, stage: str) -> int:
 def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The facts that PPO shares with other stages, under TRL's field names; and what makes it A2C."""
     section, roll_back = recipe.stages[stage], recipe.watch.on_over_optimisation == "rollback"
-    by_gold = {"metric_for_best_model": "gold", "load_best_model_at_end": True} if roll_back else {}
+    by_gold = {"metric_for_best_model": "gold"} if roll_back else {}
     one_step = {"num_ppo_epochs": 1, "num_mini_batches": 1} if stage == "a2c" else {}
     return {
         "kl_coef": recipe.objective.beta,
@@ -567,6 +567,6 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "eval_on_start": section.get("eval_strategy") == "steps",  # what the others are compared with
         **by_gold,
         # the trainer keeps the best itself, in `_keep_if_best`; transformers refuses to load the best after "no"
-        "save_strategy": "best" if by_gold or section.get("load_best_model_at_end") else "no",
+        "save_strategy": "best" if section.get("load_best_model_at_end") else "no",
         **one_step,
     }

@@ -187,8 +187,8 @@ def _check_leash(recipe: Recipe, stage: str, section: dict[str, Any], episodes: 
         raise RecipeError(f"`{stage}.kl_target` multiplies `objective.beta`, which is 0; start from a small one such as 0.01")
     if target is not None and section.get("kl_horizon", 10000) < episodes:
         raise RecipeError(
-            f"`{stage}.kl_horizon` {section['kl_horizon']}: beta would jump; expected at least the {episodes} episodes of one "
-            f"update"
+            f"`{stage}.kl_horizon` {section.get('kl_horizon', 10000)}: beta would jump; expected at least the {episodes} "
+            f"episodes of one update"
         )
     if section.get("reference") == "none" and (beta != 0 or section.get("full_kl") or section.get("kl_loss")):
         raise RecipeError(

@@ -213,7 +213,7 @@ class EvaluateSection:
 class WatchSection:
     """What PPO and A2C look at while they train, with `eval_strategy: steps`, and what over-optimisation leads to."""
 
-    prompts: Positive = _key("held-out prompts judged every `eval_steps`, the first of the evaluation split", 128)
+    prompts: Annotated[int, Ge(2)] = _key("held-out prompts judged every `eval_steps`, the first of the evaluation split", 128)
     on_over_optimisation: Literal["warn", "stop", "rollback"] = _key(
         "where the reward rises and gold falls: say so, stop there, or stop and end with the best policy by gold", "warn"
     )

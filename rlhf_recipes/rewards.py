@@ -11,12 +11,12 @@ import inspect
 import json
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -26,6 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data import Prompt, is_chat
 from rlhf_recipes.recipe import RecipeError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +50,9 @@ class Samples:
 
     def __getitem__(self, rows: slice) -> "Samples":
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return replace(self, sequences=self.sequences[rows], prompts=self.prompts[rows], columns=columns)
+        part = replace(self, sequences=self.sequences[rows], prompts=self.prompts[rows], columns=columns)
+        part.texts = self.texts[rows]  # decoded once
+        return part
 
     @property
     def responses(self) -> Tensor:
@@ -338,13 +342,11 @@ class Rewards(nn.Module):
         """
         device = samples.sequences.device
         functions = {name: term.scorer for name, term in self.terms.items() if isinstance(term.scorer, FunctionReward)}
-        with ThreadPoolExecutor(1) as background:  # functions wait for what they ask while models compute
-            answers = background.submit(asyncio.run, self._ask(functions, samples)) if functions else None
-            raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
-            failed = torch.zeros(len(samples), dtype=torch.bool)
-            for name, (scores, failures) in zip(functions, answers.result() if answers else [], strict=True):
-                raw[name] = scores.to(device)
-                failed |= failures
+        raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
+        failed = torch.zeros(len(samples), dtype=torch.bool)
+        for name, (scores, failures) in zip(functions, run_async(self._ask(functions, samples)), strict=True):
+            raw[name] = scores.to(device)
+            failed |= failures
         raw = {name: raw[name] for name in self.terms}  # in the recipe's order
         shaped = torch.stack([term.shaped(raw[name]) for name, term in self.terms.items()])
         valid = ~shaped.isnan().all(0) & ~failed.to(device)
@@ -405,6 +407,12 @@ class Rewards(nn.Module):
                     parts.append(term.scorer.score(samples[rows]))
             raw[name] = torch.cat(parts)
         return raw, prefix_sum
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What `coroutine` returns, also where an event loop is running already, as in a notebook."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 def stop_together(failure: RewardError | None) -> None:

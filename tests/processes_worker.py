@@ -105,7 +105,7 @@ def rewards(recipe_folder, folder):
     shaping = ["--reward.normalize", "true", "--reward.clip", "3", "--reward.length_penalty", "0.01"]
     answers = {}
     for kind, terms in kinds.items():
-        words = ["--recipe", recipe_folder, "--run.output", folder, "--run.name", f"reward-{kind}", "--reward.read_eos", "true"]
+        words = ["--recipe", recipe_folder, "--run.output", folder / "rewards", "--run.name", kind, "--reward.read_eos", "true"]
         words += ["--reward.adapter", "null", "--reward.terms", json.dumps(terms), *(shaping if kind == "sum" else [])]
         try:
             summary = ppo.main(list(map(str, words)))

@@ -87,7 +87,7 @@ def falling(by):
 
 
 def cases(over):
-    """name of a finding: (the metrics that show it, keys of the recipe in its advice, numbers in its evidence).
+    """name of a finding: (the metrics that show it, keys of the recipe in its advice, numbers of its evidence, in order).
 
     The metrics are beyond the thresholds by the share `over` of them, or short of them where it is negative.
     """
@@ -96,54 +96,53 @@ def cases(over):
         "reward hacking": (
             {"eval/gold": falling(more * NOISE * ERROR)},
             ["objective.beta", "watch.on_over_optimisation"],
-            ["from step 10 to 20", f"from {1 + 1.5 * NOISE * ERROR:.2f} to {1 + 3 * NOISE * ERROR:.2f}",
-             f"from {GOLD:.3f} to {GOLD - more * NOISE * ERROR:.3f}", f"{more * NOISE:.1f} standard errors"],
+            [10, 20, 1 + 1.5 * NOISE * ERROR, 1 + 3 * NOISE * ERROR, GOLD, GOLD - more * NOISE * ERROR, more * NOISE],
         ),
         "leash too tight": (
             {"eval/kl": lambda t: t * TIGHT_KL * less, "eval/reward": lambda t: 1 + t * NOISE * ERROR * less},
             ["objective.beta", "ppo.learning_rate"],
-            ["20 updates", f"{TIGHT_KL * less:.2f} nats", f"{NOISE * ERROR * less:+.2f} from 1.00"],
+            [20, TIGHT_KL * less, NOISE * ERROR * less, 1],
         ),
         "leash too loose": (
             {"objective/kl": late(LENGTH * LOOSE * more, before=0.0)},
             ["objective.beta", "ppo.kl_target"],
-            [f"{LENGTH * LOOSE * more:.1f} nats a completion", f"{LOOSE * more:.2f} a token"],
+            [LENGTH * LOOSE * more, LOOSE * more],
         ),
         "value function not learning": (
             {"val/explained_variance": EXPLAINED - over / 10},  # may be retuned to 0
             ["ppo.vf_coef", "ppo.reward_baseline"],
-            [f"{EXPLAINED - over / 10:.2f} of the returns' variance"],
+            [EXPLAINED - over / 10],
         ),
         "entropy collapse": (
             {"policy/entropy_avg": late(ENTROPY * COLLAPSED * less, before=ENTROPY)},
             ["objective.beta", "ppo.learning_rate"],
-            [f"from {ENTROPY:.2f} to {ENTROPY * COLLAPSED * less:.2f} nats"],
+            [ENTROPY, ENTROPY * COLLAPSED * less],
         ),
         "length exploitation": (
             {"completions/length_score_correlation": CORRELATED * more,
              "completions/mean_length": late(LENGTH * (1 + LONGER * more), before=LENGTH)},
             ["reward.length_penalty"],
-            [f"{CORRELATED * more:+.2f}", f"from {LENGTH:.1f} to {LENGTH * (1 + LONGER * more):.1f} tokens"],
+            [CORRELATED * more, LENGTH, LENGTH * (1 + LONGER * more)],
         ),
         "all completions truncated": (
             {"completions/clipped_ratio": min(1.0, TRUNCATED * more)},
             ["data.max_completion_tokens", "reward.missing_eos_penalty", "reward.read_eos"],
-            [f"{min(1.0, TRUNCATED * more):.1%} have no end"],
+            [100 * min(1.0, TRUNCATED * more)],
         ),
         "sampling and training apart": (
             {"val/sampling_gap": GAP * more},
             ["model.dtype", "sampling.temperature"],
-            [f"{GAP * more:.3f} nats a token"],
+            [GAP * more],
         ),
         "reward saturated": (
             {"objective/scores_std": late(SPREAD * less, before=1.0)},
             ["reward.clip"],
-            [f"{CLIPPED / 2:.0%} of the rewards", f"from 1.000 to {SPREAD * less:.3f}"],
+            [100 * CLIPPED / 2, 1, SPREAD * less],
         ),
         "learning rate too high": (
             {"policy/clipfrac_avg": CLIP * more},
             ["ppo.learning_rate", "ppo.num_ppo_epochs", "ppo.target_kl"],
-            [f"{CLIP * more:.0%} of the tokens' ratios", f"{STEP / 2:.3f} nats a token"],
+            [100 * CLIP * more, STEP / 2],
         ),
     }  # fmt: skip
 
@@ -167,8 +166,10 @@ def test_what_goes_wrong_is_found_and_nothing_else(name):
     [finding] = found(**changes)
     assert finding.name == name
     assert set(keys) <= set(re.findall(r"`(\w+\.\w+)", finding.advice))
-    for number in numbers:
-        assert number in finding.evidence
+    shown = re.findall(r"[+-]?\d+(?:\.\d+)?", finding.evidence)
+    assert len(shown) == len(numbers)
+    for text, number in zip(shown, numbers, strict=True):  # rounded
+        assert float(text) == pytest.approx(number, abs=0.51 * 10 ** -len(text.partition(".")[2])), finding.evidence
     assert str(finding) == f"{name}: {finding.evidence}. {finding.advice}"
 
 
@@ -220,6 +221,11 @@ def test_the_other_ways_to_the_same_finding(name, changes):
         {"completions/mean_length": late(LENGTH * (1 + 2 * LONGER), before=LENGTH)},  # but the score does not follow it
         {"completions/length_score_correlation": CORRELATED * 1.1},  # but the length stays
         {
+            "completions/length_score_correlation": CORRELATED * 0.9,  # too little
+            "completions/mean_length": late(LENGTH * (1 + 2 * LONGER), before=LENGTH),
+        },
+        {"objective/kl": LENGTH * LOOSE * 1.5, "completions/mean_length": LENGTH * 2},  # not a token's
+        {
             "completions/length_score_correlation": -CORRELATED * 1.1,  # longer against what the score would like
             "completions/mean_length": late(LENGTH * (1 + 2 * LONGER), before=LENGTH),
         },
@@ -239,7 +245,7 @@ def test_the_best_of_ten_evaluations_of_a_flat_gold_is_rarely_beyond_noise():
     alarms = 0
     for golds in map(iter, runs):
         alarms += names_of(found(evaluations=10, **{"eval/gold": lambda t, golds=golds: next(golds)})) == ["reward hacking"]
-    assert alarms / len(runs) < 0.06
+    assert alarms / len(runs) < 0.08
 
 
 def test_truncation_matters_where_ends_do():
@@ -257,12 +263,7 @@ def test_advice_names_the_stage(name):
     assert ("`ppo." in ppo.advice) == ("`a2c." in a2c.advice)
 
 
-REFUSED = pytest.mark.xfail(
-    strict=True, reason="advises a2c.cliprange_value, a2c.num_ppo_epochs and a2c.target_kl, all refused"
-)
-
-
-@pytest.mark.parametrize("stage", ["ppo", pytest.param("a2c", marks=REFUSED)])
+@pytest.mark.parametrize("stage", ["ppo", "a2c"])
 def test_advice_names_keys_that_the_recipe_takes(stage):
     for changes, _, _ in cases(0.1).values():
         [finding] = found(stage, **changes)
@@ -296,14 +297,15 @@ def watched_run(tiny, tmp_path, monkeypatch, action, hacked_at, gold=(0.1, 0.2, 
     """A run of six updates, judged at step 0 and after each: is over-optimised from step `hacked_at` on.
 
     Args:
-        gold: of the held-out completions at step 0, 1, ...; the last one stays.
+        gold: of the held-out completions at step 0, 1, ...; the last one stays; None: of one of them there is none.
     """
     calls = []
 
     def scripted_gold(prompts, completions, **columns):
         calls.append(len(prompts))  # two batches of four prompts an evaluation
         assert len(prompts) == 4
-        return [gold[min((len(calls) - 1) // 2, len(gold) - 1)]] * 4
+        value = gold[min((len(calls) - 1) // 2, len(gold) - 1)]
+        return [value] * 4 if value is not None else [0.2, 0.2, None, 0.2]
 
     def scripted_diagnosis(history, stage, ends_matter):
         assert (stage, ends_matter) == ("ppo", False)
@@ -314,7 +316,8 @@ def watched_run(tiny, tmp_path, monkeypatch, action, hacked_at, gold=(0.1, 0.2, 
     summary = run("ppo", tiny, tmp_path, f"--watch.on_over_optimisation={action}", f"--run.name={action}", *EVERY_UPDATE)
     folder = tmp_path / "outputs/tiny/ppo" / action
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert summary["findings"] == [{"name": HACKED.name, "evidence": HACKED.evidence, "advice": HACKED.advice}]
+    hacked = hacked_at <= 6
+    assert summary["findings"] == hacked * [{"name": HACKED.name, "evidence": HACKED.evidence, "advice": HACKED.advice}]
     rows = lines(folder / "metrics.jsonl")
     return folder, [row for row in rows if "objective/kl" in row], [row for row in rows if "eval/reward" in row]
 
@@ -359,6 +362,13 @@ def test_rollback_to_the_start_where_gold_only_falls(tiny, tmp_path, monkeypatch
     assert [row["eval/kl"] != 0 for row in evaluations] == [False, True, False]
 
 
+def test_rollback_without_a_finding_ends_with_the_last_policy(tiny, tmp_path, monkeypatch):
+    folder, updates, evaluations = watched_run(tiny, tmp_path, monkeypatch, "rollback", hacked_at=99)
+    assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6]
+    assert [best.name for best in folder.glob("best-*")] == ["best-3"]
+    assert evaluations[-1]["eval/kl"] == evaluations[-2]["eval/kl"] != evaluations[3]["eval/kl"]
+
+
 def test_a_real_run_has_every_metric_that_the_checks_read(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(diagnosis, "HIGH_STEP_KL", 0.0)  # so that there is a finding
     updates = diagnosis.LEAST_UPDATES
@@ -376,3 +386,13 @@ def test_a_real_run_has_every_metric_that_the_checks_read(tiny, tmp_path, monkey
 
 def test_a_run_too_short_to_judge_has_no_findings(tiny, tmp_path):
     assert run("ppo", tiny, tmp_path)["findings"] == []
+
+
+def test_a_run_of_trls_own_loop_ends_well_too(tiny, tmp_path):
+    words = ["--ppo.loop=trl", "--ppo.value=adapter", f"--ppo.total_episodes={8 * diagnosis.LEAST_UPDATES}"]
+    assert "findings" in run("ppo", tiny, tmp_path, *words)
+
+
+def test_gold_without_an_opinion_on_one_completion_is_not_the_best(tiny, tmp_path, monkeypatch):
+    folder, _, _ = watched_run(tiny, tmp_path, monkeypatch, "rollback", hacked_at=4, gold=(0.1, 0.9, None, 0.3, 0.2))
+    assert [best.name for best in folder.glob("best-*")] == ["best-1"]

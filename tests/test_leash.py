@@ -385,3 +385,9 @@ def test_the_leashes_that_hold_are_not_refused(tiny, tmp_path):
         ["--watch.on_over_optimisation=rollback", "--ppo.metric_for_best_model=gold", *HELD_OUT],
     ):
         assert run("ppo", tiny, tmp_path, *words, "--dry-run") is None
+
+
+def test_a_batch_larger_than_the_default_horizon_is_refused(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("ppo", tiny, tmp_path, "--ppo.kl_target=5", "--ppo.per_device_train_batch_size=20000", "--dry-run")
+    assert "`ppo.kl_horizon` 10000" in capsys.readouterr().err
