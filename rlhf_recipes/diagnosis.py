@@ -57,9 +57,14 @@ class History:
         """Mean of a metric over the first updates."""
         return statistics.fmean(row[name] for row in self.updates[:FIRST_UPDATES])
 
+    def peak(self, name: str) -> float:
+        """The highest mean of a metric over a few updates in a row: damage that later updates do not repair."""
+        values = [row[name] for row in self.updates]
+        return max(statistics.fmean(values[at : at + FIRST_UPDATES]) for at in range(len(values) - FIRST_UPDATES + 1))
+
     def recent(self, name: str) -> float:
-        """Mean of a metric over the last third of the updates."""
-        return statistics.fmean(row[name] for row in self.updates[-max(FIRST_UPDATES, len(self.updates) // 3) :])
+        """Mean of a metric over the last sixth of the updates."""
+        return statistics.fmean(row[name] for row in self.updates[-max(FIRST_UPDATES, len(self.updates) // 6) :])
 
 
 def diagnose(history: list[Row], stage: str, ends_matter: bool) -> list[Finding]:
@@ -196,12 +201,13 @@ def reward_saturated(h: History) -> Finding | None:
 
 
 def learning_rate_too_high(h: History) -> Finding | None:
-    clip, step = h.recent("policy/clipfrac_avg"), h.recent("policy/step_kl")
+    """Also where it was so once: what a few such updates break, a decaying rate does not mend."""
+    clip, step = h.peak("policy/clipfrac_avg"), h.peak("policy/step_kl")
     if clip < HIGH_CLIP_FRACTION and step < HIGH_STEP_KL:
         return None
     return Finding(
         "learning rate too high",
-        f"{clip:.0%} of the tokens' ratios are clipped, and an update moves the policy by {step:.3f} nats a token",
+        f"at its worst {clip:.0%} of the tokens' ratios are clipped, and an update moves the policy by {step:.3f} nats a token",
         f"Lower `{h.stage}.learning_rate`" + (" or `ppo.num_ppo_epochs`, or set `ppo.target_kl`" if h.stage == "ppo" else ""),
     )
 
