@@ -168,6 +168,10 @@ def tokenize_demonstrations(dataset: Dataset, tokenizer: PreTrainedTokenizerBase
 
     TRL would tokenise prompt and completion in one piece, to other ids than PPO sees where a token spans both.
     """
+    if "messages" in dataset.column_names:
+        for messages in dataset[:10]["messages"]:  # raises where the template would train on other tokens than PPO samples
+            if messages[-1]["role"] == "assistant":
+                encode_completion(tokenizer, messages[:-1], messages[-1:])
     if "completion" not in dataset.column_names:
         return dataset
 

@@ -5,6 +5,7 @@ import sys
 from accelerate import PartialState
 from datasets import Dataset
 
+from rlhf_recipes.data import encode_completion, is_chat
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Roles
@@ -23,6 +24,8 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
         RecipeError: what is wrong, and what to change.
     """
     _examine_tokens(roles, recipe)
+    if is_chat(prompts[0]["prompt"]):
+        encode_completion(roles.tokenizer, prompts[0]["prompt"], "An answer.")  # raises where stages would see other tokens
     judged = complete(roles.policy, roles, prompts.select(range(min(PROMPTS, len(prompts)))), recipe)
     kl = judged.kl.abs().max().item()
     if not kl <= ROUNDING:

@@ -37,11 +37,12 @@ def main(recipe: Recipe) -> dict:
     else:
         tokenizer = load_tokenizer(recipe)
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
+    sft_keys = sft_fields(train)
+    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     model = build()
 
     run = Run.prepare(recipe, "sft")
-    args = stage_config(SFTConfig, recipe, "sft", run.folder, **sft_fields(train))
-    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
+    args = stage_config(SFTConfig, recipe, "sft", run.folder, **sft_keys)
     run.start()
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer

@@ -115,6 +115,31 @@ def test_a_template_that_samples_cannot_follow_is_refused(chat):
         encode_prompt(tokenizer, prompt)
 
 
+def test_the_doctor_and_sft_find_such_a_template_before_a_run(chat, tmp_path, capsys):
+    """PPO sees no answers before it samples, and TRL tokenises `messages` itself."""
+    from scripts import ppo, sft
+
+    folder = tmp_path / "chat"
+    shutil.copytree(chat, folder)
+    backbone = folder / "checkpoints" / "backbone"
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.chat_template = TEMPLATE.replace("</s>", "#")
+    tokenizer.save_pretrained(backbone)
+    messages = 'return Dataset.from_list([{"messages": user(f"the {w}?") + assistant("fine")} for w in WORDS])'
+    task = (folder / "task.py").read_text()
+    (folder / "task.py").write_text(
+        task.replace(
+            'return Dataset.from_list([{"prompt": user(f"the {w}?"), "completion"', messages + '\n    ([{"a": "b", "completion"'
+        )
+    )
+    for script in (ppo, sft):
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--recipe", str(folder), "--run.output", str(tmp_path / "out"), "--sft.from_scratch", "false"])
+        assert stop.value.code == 2
+        assert "not with the tokenizer's eos token" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_stage_runs_on_chat(chat, tmp_path, capsys):
     """SFT on prompts and completions, a reward adapter and a python reward that gets messages, pairs, PPO, DPO, evaluation."""
     from scripts import a2c, dpo, evaluate, ppo, preferences, reward, sft
