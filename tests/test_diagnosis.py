@@ -396,3 +396,25 @@ def test_a_run_of_trls_own_loop_ends_well_too(tiny, tmp_path):
 def test_gold_without_an_opinion_on_one_completion_is_not_the_best(tiny, tmp_path, monkeypatch):
     folder, _, _ = watched_run(tiny, tmp_path, monkeypatch, "rollback", hacked_at=4, gold=(0.1, 0.9, None, 0.3, 0.2))
     assert [best.name for best in folder.glob("best-*")] == ["best-1"]
+
+
+def test_a_finding_is_an_alert_of_wandb_and_survives_its_failure(tiny, tmp_path, monkeypatch, capsys):
+    from unittest import mock
+
+    from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.runs import Run
+    from rlhf_recipes.tracking import Tracker
+
+    recipe = load_recipe(tiny, {"run.output": str(tmp_path), "run.tracker": "wandb"})
+    tracker = Tracker(recipe, "ppo", tmp_path, enabled=False)
+    tracker._run = wandb = mock.Mock()
+    run_ = Run(recipe, "ppo", tmp_path, main=True, tracker=tracker)
+    run_.found(HACKED, step=7)
+    [call] = wandb.alert.call_args_list
+    assert call.kwargs["title"] == HACKED.name
+    assert "step 7" in call.kwargs["text"]
+    assert HACKED.advice in call.kwargs["text"]
+    wandb.alert.side_effect = OSError("no network")
+    run_.found(HACKED, step=8)
+    assert "going on without it" in capsys.readouterr().err
+    assert run_.findings == [HACKED, HACKED]
