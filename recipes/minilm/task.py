@@ -18,5 +18,5 @@ load_preferences, gold_reward = imdb.load_preferences, imdb.gold_reward
 
 def load_prompts(split: str) -> Dataset:
     if not (FOLDER / "checkpoints" / "reward" / "config.json").is_file():
-        raise RecipeError(f"{FOLDER / 'checkpoints' / 'reward'}: not there yet; python recipes/minilm/make.py makes it")
+        raise RecipeError(f"{FOLDER}/checkpoints/reward: no reward model yet; make it: python {FOLDER / 'make.py'}")
     return imdb.load_prompts(split)
