@@ -269,6 +269,7 @@ def watch_plots(data: ReportData) -> dict[str, Plot]:
                     y,
                     y_bars=[(value - error, value + error) for value, error in zip(y, errors, strict=True)],
                     labels=[f"best gold: step {row['step']}" if row is peak and "eval/gold" in row else "" for row in rows],
+                    label_sides=("top left",),
                     hover=[[policy.name, f"step {row['step']}", f"{metric} {row[f'eval/{metric}']:.3f}"] for row in rows],
                     marker=STYLES[policy.kind].marker,
                     dash=dash,
