@@ -187,7 +187,7 @@ def sampling_apart(h: History) -> Finding | None:
     return Finding(
         "sampling and training apart",
         f"the log-probabilities of sampling and training differ by {gap:.3f} nats a token",
-        "Use `model.dtype: float32`, or raise `sampling.temperature`: below 1 it stretches rounding errors",
+        "Switch off dropout in the config.json of `model.path`, or use `model.dtype: float32`",
     )
 
 
