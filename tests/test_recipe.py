@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_recipes import recipe as recipe_module
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.recipe import SECTIONS, RecipeError, load_recipe
+from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, RecipeError, load_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,20 @@ def test_every_command_in_the_docs_dry_runs(line, monkeypatch):
     for flag, value in itertools.pairwise(words):
         assert flag != "--config_file" or Path(value).is_file()
     assert run_script(Path(words[script]).stem, [*words[script + 1 :], "--dry-run"]) is None
+
+
+def failures_on_purpose():
+    """The keys of every row of the table in docs/failures.md."""
+    for line in (ROOT / "docs" / "failures.md").read_text().splitlines():
+        if keys := re.match(r"\| ([^|]+) \| `(--[^`]+)` \|", line):
+            yield pytest.param(keys[2].replace("DROPOUT", str(DEFAULT_RECIPE / "checkpoints" / "backbone")), id=keys[1])
+
+
+@pytest.mark.parametrize("keys", failures_on_purpose())
+def test_every_failure_on_purpose_dry_runs(keys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--ppo.eval_steps", "4", "--evaluate.prompts", "128", *shlex.split(keys), "--dry-run"]
+    assert run_script("ppo", words) is None
 
 
 def test_make_targets_named_in_the_docs_exist():
