@@ -131,7 +131,7 @@ def cases(over):
         ),
         "sampling and training apart": (
             {"val/sampling_gap": GAP * more},
-            ["model.dtype", "sampling.temperature"],
+            ["model.path", "model.dtype"],
             [GAP * more],
         ),
         "reward saturated": (
