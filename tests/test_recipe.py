@@ -187,7 +187,7 @@ def test_broken_yaml(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "recipes/nowhere"], "no such recipe; recipes here: recipes/imdb"),
+        (["--recipe", "recipes/nowhere"], "no such recipe; recipes here: recipes/goodhart, recipes/imdb"),
         (["--model.pth", "x"], "--model.pth: unknown key `model.pth`; did you mean `path`?"),
         (["--ppo.learning_rate"], "a value is missing"),
         (["--dryrun"], "did you mean `dry-run`"),

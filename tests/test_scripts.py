@@ -60,8 +60,8 @@ def test_ppo_writes_what_it_promises(tiny, tmp_path):
         "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json",
     }  # fmt: skip
     assert (folder.parent / "latest").resolve() == folder.resolve()
-    assert set(summary) == {"task", "stage", "seed", "beta", "seconds", "prompts", "reference", "policy"}
-    judged = {"reward", "gold", "objective", "length", "distinct_2"}
+    assert set(summary) == {"task", "stage", "seed", "beta", "seconds", "prompts", "reference", "policy", "findings"}
+    judged = {"reward", "gold", "objective", "length", "distinct_2", "repetition", "truncated", "entropy"}
     assert set(summary["reference"]) == judged
     assert set(summary["policy"]) == judged | {"kl"}
     for side in ("reference", "policy"):
