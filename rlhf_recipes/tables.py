@@ -26,7 +26,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table = Table("held-out", *names, title=f"{summary['prompts']} held-out prompts, {summary['seconds']:.0f} s")
     for side in SIDES:
         table.add_row(side, *(f"{summary[side].get(name, 0.0):.3f}" for name in names))
-    Console().print(table)
+    _wide_console().print(table)
 
 
 def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
@@ -38,7 +38,7 @@ def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
     for name, measured in policies.items():
         cells = (f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}" for m in (measured[k] for k in metrics))
         table.add_row(escape(name), *cells)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _wide_console().print(table)
     for name, measured in evaluation.get("exact", {}).items():
         print(f"{name} by enumeration: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     optimum = evaluation["optimum"]
@@ -47,6 +47,11 @@ def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
     print(
         f"J* {optimum['objective']:.3f}, from samples of {optimum['proposal']}; effective sample size {size:.1f} a prompt{flag}"
     )
+
+
+def _wide_console() -> Console:
+    """A log file has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def markdown_samples(rows: list[dict[str, Any]]) -> str:
