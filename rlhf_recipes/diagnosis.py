@@ -14,18 +14,19 @@ Row = dict[str, Any]  # one line of metrics.jsonl: `step` and metrics by name
 FIRST_UPDATES = 3  # what a run is like before it has learned much
 LEAST_UPDATES = 8  # fewer say nothing
 NOISE = 3.0  # standard errors of a difference: of some ten evaluations the best is picked, so two would be chance
-TIGHT_KL = 0.5
-LOOSE_KL_PER_TOKEN = 1.0
-LOW_EXPLAINED_VARIANCE = 0.1
-COLLAPSED_ENTROPY = 0.5
-LENGTH_CORRELATION = 0.5
-LENGTH_CHANGE = 0.25
-ALL_TRUNCATED = 0.99
-SAMPLING_GAP = 0.05
-SATURATED_SPREAD = 0.1
-SATURATED_CLIPPED = 0.8
-HIGH_CLIP_FRACTION = 0.4
-HIGH_STEP_KL = 0.1
+# healthy runs against those that fail:
+TIGHT_KL = 0.5  # nats a completion: 8 against 0.0 at a hundred times the beta
+LOOSE_KL_PER_TOKEN = 1.0  # nats: 0.27 against 1.1 to 2.5 without a leash
+LOW_EXPLAINED_VARIANCE = 0.1  # 0.74 to 0.82 against 0.0 and below
+COLLAPSED_ENTROPY = 0.5  # of the start's: 0.9 against 0.36 to 0.4
+LENGTH_CORRELATION = 0.5  # with the score: 0.2 against -0.6
+LENGTH_CHANGE = 0.25  # of the start's length: 1% against a half
+ALL_TRUNCATED = 0.99  # where ends matter: 99.5% at 8 tokens
+SAMPLING_GAP = 0.05  # nats a token: 1e-6 against 0.2 to 0.8 with dropout
+SATURATED_SPREAD = 0.1  # of the start's deviation: 1.0 to 1.2
+SATURATED_CLIPPED = 0.8  # share at the clip: 95% where it is too low
+HIGH_CLIP_FRACTION = 0.4  # 5% against 40% at twenty times the rate
+HIGH_STEP_KL = 0.1  # nats a token: 0.005 against 2.5
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def diagnose(history: list[Row], stage: str, ends_matter: bool) -> list[Finding]
 
 
 def reward_hacking(h: History) -> Finding | None:
-    """The reward rises and gold falls from its best, both beyond noise (Gao et al. 2022, arXiv 2210.10760)."""
+    """Gold has fallen from its best beyond noise, and the reward has risen since (Gao et al. 2022, arXiv 2210.10760)."""
     if len(h.evaluations) < 2 or "eval/gold" not in h.evaluations[-1]:
         return None
     best, last = max(h.evaluations, key=lambda row: row["eval/gold"]), h.evaluations[-1]

@@ -51,7 +51,8 @@ class Samples:
     def __getitem__(self, rows: slice) -> "Samples":
         columns = {name: values[rows] for name, values in self.columns.items()}
         part = replace(self, sequences=self.sequences[rows], prompts=self.prompts[rows], columns=columns)
-        part.texts = self.texts[rows]  # decoded once
+        if "texts" in vars(self):  # decoded once, and only for those who read text
+            part.texts = self.texts[rows]
         return part
 
     @property
@@ -342,9 +343,10 @@ class Rewards(nn.Module):
         """
         device = samples.sequences.device
         functions = {name: term.scorer for name, term in self.terms.items() if isinstance(term.scorer, FunctionReward)}
-        raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
         failed = torch.zeros(len(samples), dtype=torch.bool)
-        for name, (scores, failures) in zip(functions, run_async(self._ask(functions, samples)), strict=True):
+        answers = run_async(self._ask(functions, samples)) if functions else []
+        raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
+        for name, (scores, failures) in zip(functions, answers, strict=True):
             raw[name] = scores.to(device)
             failed |= failures
         raw = {name: raw[name] for name in self.terms}  # in the recipe's order

@@ -18,7 +18,7 @@ from rlhf_recipes.objective import (
 from rlhf_recipes.ppo_trainer import Advantages
 from rlhf_recipes.roles import Reference
 from rlhf_recipes.sampling import response_forward
-from tests.test_ppo_trainer import build_trainer, logs_of, rollout_of
+from tests.test_ppo_trainer import build_trainer, logs_of, rewards_of_the_next_kl, rollout_of
 from tests.test_scripts import run
 
 RESPONSES = [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]]
@@ -230,11 +230,7 @@ def test_kl_loss_charges_the_next_tokens_kl_and_puts_its_gradient_into_the_loss(
     assert rollout.kl[rollout.mask].abs().min() > 1e-4
     torch.testing.assert_close(rollout.kl, token_kl(rollout.logprobs, rollout.reference_logprobs, estimator) * rollout.mask)
     rewards = trainer.rewards(rollout)
-    expected = torch.zeros_like(rewards)
-    expected[:, :-1] = -0.05 * rollout.kl[:, 1:]
-    expected[0, 5] += rollout.scores.total[0]
-    expected[1, 2] += rollout.scores.total[1]
-    torch.testing.assert_close(rewards, expected)
+    torch.testing.assert_close(rewards, rewards_of_the_next_kl(rollout))
 
     move(policy, seed=3)  # the policy has moved since the rollout: the ratio counts
     stretched = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(2.5))  # by whitening

@@ -34,6 +34,15 @@ def logs_of(trainer):
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Recorder)).logs
 
 
+def rewards_of_the_next_kl(rollout, beta=0.05):
+    """r_t = -beta KL_{t+1}, and the scores of two responses of 6 and 2 tokens where they end."""
+    expected = torch.zeros_like(rollout.kl)
+    expected[:, :-1] = -beta * rollout.kl[:, 1:]
+    expected[0, 5] += rollout.scores.total[0]
+    expected[1, 2] += rollout.scores.total[1]
+    return expected
+
+
 def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
     trainer = build_trainer(tiny, tmp_path, ppo__full_kl=True, ppo__whiten_advantages=False)
     for name, p in trainer.roles.policy.named_parameters():
@@ -43,11 +52,7 @@ def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
     rollout = rollout_of(trainer, query, [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
     assert (rollout.kl[rollout.mask] > 1e-4).all()
     rewards = trainer.rewards(rollout)
-    expected = torch.zeros_like(rewards)
-    expected[:, :-1] = -0.05 * rollout.kl[:, 1:]
-    expected[0, 5] += rollout.scores.total[0]
-    expected[1, 2] += rollout.scores.total[1]
-    torch.testing.assert_close(rewards, expected)
+    torch.testing.assert_close(rewards, rewards_of_the_next_kl(rollout))
     nothing = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(1.0))
     loss, _ = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
     assert loss.item() == pytest.approx(0.05 * rollout.kl.sum().item() / 8, rel=1e-4)

@@ -1,17 +1,15 @@
 """The imdb recipe's prompts, pairs and gold judge, read from the folder beside this one."""
 
-import importlib.util
 from pathlib import Path
 
 from datasets import Dataset
 
-from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.tasks import load_task
 
 FOLDER = Path(__file__).resolve().parent
 
-spec = importlib.util.spec_from_file_location("task_imdb", FOLDER.parent / "imdb" / "task.py")
-imdb = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(imdb)
+imdb = load_task(load_recipe(FOLDER.parent / "imdb"))
 
 load_preferences, gold_reward = imdb.load_preferences, imdb.gold_reward
 
