@@ -3,9 +3,10 @@
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from rlhf_recipes.diagnosis import diagnose
+from rlhf_recipes.resumable import Resumable
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar
 
@@ -35,7 +36,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = progress_bar(total=state.max_steps, desc=self.title)
+            self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.title)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.latest |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}
@@ -61,16 +62,18 @@ class Watch(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.history: list[dict[str, Any]] = []
         reward = run.recipe.reward
         reads_end = any(term.adapter and term.read_eos for term in reward.all_terms())
         self.ends_matter = reads_end or bool(reward.missing_eos_penalty)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.history.append({**logs, "step": state.global_step})
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._act(args, control)  # a run that goes on may have been about to stop
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._look(state)
+        return self._act(args, control)
+
+    def _act(self, args: Any, control: Any) -> Any:
         action = self.run.recipe.watch.on_over_optimisation
         if action != "warn" and any(finding.name == "reward hacking" for finding in self.run.findings):
             control.should_training_stop = True
@@ -82,7 +85,7 @@ class Watch(TrainerCallback):
 
     def _look(self, state: Any) -> None:
         known = {finding.name for finding in self.run.findings}
-        for finding in diagnose(self.history, self.run.stage, self.ends_matter):
+        for finding in diagnose(state.log_history, self.run.stage, self.ends_matter):
             if finding.name not in known:
                 self.run.found(finding, state.global_step)
 
@@ -96,9 +99,10 @@ _SHOWN = {
 }
 
 
-def watch(trainer: Trainer, run: Run) -> None:
-    """Puts the run's logger and one progress bar in place of the trainer's own printing."""
+def watch(trainer: Resumable, run: Run) -> None:
+    """Makes the trainer part of the run: its logger and one progress bar in place of the trainer's own printing, checkpoints."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RunLogger(run))
     trainer.add_callback(ProgressBar(run.stage, _SHOWN[run.stage]))
+    trainer.attach(run)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rlhf_recipes import interrupts
 from rlhf_recipes.recipe import (
     DEFAULT_RECIPE,
     OWNER_OF,
@@ -24,6 +25,7 @@ from rlhf_recipes.recipe import (
     refused_keys,
     section_of,
 )
+from rlhf_recipes.resume import resumed_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
 
@@ -73,7 +75,7 @@ def help_text(stage: str, doc: str) -> str:
         "",
         "options:",
         "  --recipe PATH          a recipe's folder (default: recipes/imdb)",
-        "  --resume [RUN]         go on with the latest run of the stage, or with that run's folder",
+        "  --resume [RUN]         go on with the latest run of the stage, or with that run's or checkpoint's folder",
         "  --dry-run              print the resolved recipe, the memory estimate and the checks; write nothing",
         "  --section.key VALUE    override any key below",
         "",
@@ -94,7 +96,7 @@ def help_text(stage: str, doc: str) -> str:
 
 def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callable[[list[str] | None], Any]]:
     """Makes `run(recipe)` a script's `main(argv=None)`: reads the recipe, answers --help and --dry-run, and turns a
-    `RecipeError` into one line on stderr and exit code 2."""
+    `RecipeError` into one line on stderr and its exit code."""
 
     def decorate(run: Callable[[Recipe], Any]) -> Callable[[list[str] | None], Any]:
         @functools.wraps(run)
@@ -105,6 +107,10 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     print(help_text(stage, doc))
                     return None
                 recipe = load_recipe(line.recipe, line.overrides)
+                if recipe.run.resume is not None:
+                    recipe, notes = resumed_recipe(recipe, stage, line.overrides)
+                    for note in notes:
+                        _say(f"resume: {note}")
                 from rlhf_recipes.preflight import check, describe, warnings
 
                 if line.dry_run:
@@ -119,18 +125,18 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                 from rlhf_recipes.runtime import configure
 
                 configure(recipe.run.seed)
-                return run(recipe)
+                with interrupts.handled():
+                    return run(recipe)
             except RecipeError as error:
-                _fail(error)
+                _say(f"error: {error}")
+                raise SystemExit(error.exit_code) from None
+            except interrupts.Interrupted as interruption:
+                _say(f"{stage}: {interruption}")
+                raise SystemExit(interrupts.EXIT_CODE) from None
 
         return main
 
     return decorate
-
-
-def _fail(error: RecipeError) -> NoReturn:
-    _say(f"error: {error}")
-    raise SystemExit(2)
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from rlhf_recipes.configs import DPOConfig
 from rlhf_recipes.engines import whole_model
 from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.resumable import Resumable
 from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
@@ -31,7 +32,7 @@ class Collator(DataCollatorForPreference):
         return super().torch_call(examples) | {"label_smoothing": smoothing}
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(Resumable, trl.DPOTrainer):
     """Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)).
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -25,19 +25,26 @@ def whole_model(trainer: Trainer, build: Callable[[], nn.Module]) -> nn.Module:
     Args:
         build: makes the model as it was before training; called where it was sharded.
     """
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if not is_sharded(trainer):
-        return trained
-    weights = {}
-    for name, parameter in trained.named_parameters():
-        if parameter.requires_grad:
-            with _gathered(parameter):
-                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                weights[name] = whole.detach().cpu().clone()
+    weights = whole_weights(trainer)
+    if weights is None:
+        return trainer.accelerator.unwrap_model(trainer.model)
     hf_deepspeed.unset_hf_deepspeed_config()  # else ZeRO-3 takes every model apart that is loaded from now on
     model = build()
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:
+    """What is trained, gathered from all processes, by name; None where no engine has taken it apart."""
+    if not is_sharded(trainer):
+        return None
+    weights = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if parameter.requires_grad:
+            with _gathered(parameter):
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                weights[name] = whole.detach().cpu().clone()
+    return weights
 
 
 def _gathered(parameter: nn.Parameter):

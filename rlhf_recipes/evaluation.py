@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_recipes.data import encode_prompt, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async, stop_together
+from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
-from rlhf_recipes.runtime import progress_bar
+from rlhf_recipes.runtime import progress_bar, stop_together
 from rlhf_recipes.sampling import response_forward, response_mask, sample_completions
 from rlhf_recipes.tables import markdown_samples, print_samples, print_summary
 from rlhf_recipes.tasks import load_dataset

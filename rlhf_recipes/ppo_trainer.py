@@ -7,13 +7,13 @@ The only file that imports `trl.experimental.ppo` (1.12.0 is the last release th
 - logits exist for a chunk of response tokens at a time (logprobs.py), and generation keeps none;
 - a loss is averaged over the tokens of its whole minibatch, so gradient accumulation equals the large batch;
 - gradients are clipped at `max_grad_norm`, advantage whitening is a choice;
-- held-out prompts are judged during training, and the best policy is kept.
+- held-out prompts are judged during training, and the best policy is kept;
+- a run that was interrupted goes on bit for bit (resumable.py).
 
 `ppo.loop: trl` runs TRL's own loop on the same roles instead.
 """
 
 import os
-import shutil
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from rlhf_recipes.checkpoints import prune, write_checkpoint
 from rlhf_recipes.objective import (
     adapted_beta,
     correlation,
@@ -42,11 +43,15 @@ from rlhf_recipes.objective import (
     weighted_token_kl,
     whitening_scale,
 )
-from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores, stop_together
+from rlhf_recipes.recipe import Recipe, RunStopped
+from rlhf_recipes.resumable import Resumable
+from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores
 from rlhf_recipes.roles import Roles, SyncedReference, ValueAdapter, ValueHead
+from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, sample_completions
+from rlhf_recipes.training_state import random_state, restore_random_state
 
+_REFERENCE = "reference.safetensors"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_ppo_trainer
@@ -56,6 +61,8 @@ from trl.experimental.ppo import ppo_trainer as trl_ppo_trainer
 class PPOConfig(trl_ppo.PPOConfig):
     """TRL's PPOConfig, with gradient clipping and choices that TRL's loop does not have."""
 
+    save_steps: float = field(default=10, metadata={"help": "Updates between two checkpoints; an update is dear."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept; null keeps all."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 never clips, as TRL."})
     value: Literal["trunk", "adapter"] = field(
         default="trunk",
@@ -103,6 +110,14 @@ class PPOConfig(trl_ppo.PPOConfig):
     loop: Literal["lean", "trl"] = field(
         default="lean", metadata={"help": "This repository's training loop, or TRL's own with a value model of its own."}
     )
+
+    load_best_model_at_end: bool = False
+
+    def __post_init__(self) -> None:
+        # transformers ties the best model to the checkpoints' steps; here it is kept by itself, at every evaluation
+        best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        super().__post_init__()
+        self.load_best_model_at_end = best
 
 
 class PolicyAndValue(nn.Module):
@@ -191,7 +206,7 @@ class Advantages:
     scale: Tensor  # scalar
 
 
-class PPOTrainer(trl_ppo.PPOTrainer):
+class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
     """Maximises E[r] - beta * KL by PPO (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593).
 
     Args:
@@ -203,7 +218,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     """
 
     args: PPOConfig
-    control: Any
 
     def __init__(
         self,
@@ -215,6 +229,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     ) -> None:
         self.roles, self.judge, self.prompts = roles, judge, train_dataset
         self.kl_coef = args.kl_coef  # beta, which `kl_target` adapts
+        self.batches_seen = 0  # of the current pass over the data
         reference = SyncedReference(roles.policy) if args.reference == "sync" else roles.reference
         stock = args.loop == "trl"
         # TRL's constructor wraps policy and value in a class whose forward runs two trunks; ours takes its place.
@@ -234,21 +249,24 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def _train(self, checkpoint: Path | None) -> None:
         """Runs `num_total_batches` updates: rollout, rewards, advantages, update."""
         args = self.args
         if args.loop == "trl":
-            return super().train()
+            return trl_ppo.PPOTrainer.train(self)
+        if checkpoint is not None:
+            self.load_state(checkpoint)
+            self._load_optimizer_and_scheduler(str(checkpoint))
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.state.logging_steps = args.logging_steps
         self.state.save_steps, self.state.eval_steps = args.save_steps, args.eval_steps
         self.model.train()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if args.eval_on_start:
+        if args.eval_on_start and checkpoint is None:
             self.evaluate()
         batches = self._batches()
-        for _ in range(args.num_total_batches):
+        while self.state.global_step < args.num_total_batches and not self.control.should_training_stop:
             started = time.perf_counter()
             rollout = self.rollout(*next(batches))
             rewards = self.rewards(rollout)
@@ -266,9 +284,10 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             if self.control.should_evaluate:
                 self.control.should_evaluate = False
                 self.evaluate()
-            if self.control.should_training_stop:
-                break
-        if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            if self.control.should_save:
+                self.control.should_save = False
+                self.save_checkpoint()
+        if args.load_best_model_at_end and not self.interrupted and self.state.best_model_checkpoint is not None:
             self.accelerator.wait_for_everyone()
             self.load_model(Path(self.state.best_model_checkpoint))
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
@@ -294,21 +313,41 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return metrics
 
     def _keep_if_best(self, value: float) -> None:
-        """Saves the policy as `best-<step>` if its metric is the best so far; then the one before it is removed."""
-        state, before = self.state, self.state.best_model_checkpoint
+        """Saves the policy as `best-<step>` if its metric is the best so far; one before it stays while a checkpoint needs it."""
+        args, state = self.args, self.state
         if state.best_metric is not None and value <= state.best_metric:
             return
         state.best_metric, state.best_global_step = value, state.global_step
-        state.best_model_checkpoint = str(Path(self.args.output_dir) / f"best-{state.global_step}")
-        self.save_model(state.best_model_checkpoint)
-        if before is not None and self.accelerator.is_main_process:
-            shutil.rmtree(before)
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"best-{state.global_step}")
+        failure = None
+        if self.accelerator.is_main_process:
+            trained = (p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+            try:
+                write_checkpoint(Path(state.best_model_checkpoint), lambda folder: self.save_model(str(folder)), sum(trained))
+                prune(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
+            except RunStopped as error:
+                failure = error
+        stop_together(failure)
 
     def _batches(self) -> Iterator[tuple[Tensor, dict[str, list]]]:
-        """Queries [batch, context], and their rows of the dataset."""
+        """Queries [batch, context], and their rows of the dataset; goes on where a checkpoint left off.
+
+        The order of a pass is drawn again from the random state it was drawn from, and what was seen is passed over.
+        """
+        seen = 0
+        if self._restored is not None:
+            own, generator = self.mine["own"], self.data_generator
+            seen = own["batches_seen"] % len(self.dataloader)
+            restore_random_state(self.mine["epoch_random" if seen else "random"], generator)
         while True:
-            for batch in self.dataloader:
+            self.epoch_random = random_state(self.data_generator)
+            for self.batches_seen, batch in enumerate(self.dataloader, start=1):
+                if self.batches_seen <= seen:
+                    if self.batches_seen == seen:
+                        restore_random_state(self.mine["random"])
+                    continue
                 yield batch["input_ids"].to(self.accelerator.device), self.prompts[batch["row"].tolist()]
+            seen = 0
 
     @torch.no_grad()
     def rollout(self, queries: Tensor, rows: dict[str, list]) -> Rollout:
@@ -416,6 +455,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                     last = rows is micro_batches[-1]
                     self.accelerator.sync_gradients = last  # one optimizer step a minibatch
                     with nullcontext() if last else self.accelerator.no_sync(self.model):
+                        self.batch = {"rows": rows, "advantages": advantages.advantages, **vars(rollout)}
                         loss, step_stats = self.loss(rollout, advantages, rows, tokens, states)
                         self.accelerator.backward(loss * args.gradient_accumulation_steps)  # which divides by it
                     for name, value in step_stats.items():
@@ -423,6 +463,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 if args.max_grad_norm:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
                     stats.setdefault("policy/grad_norm", []).append(norm)
+                self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if args.target_kl is not None:
@@ -539,6 +580,31 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         value = {name: p.detach().cpu() for name, p in self.roles.value.named_parameters() if p.requires_grad}
         save_file(value, folder / "value.safetensors")
 
+    def save_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        self.save_model(str(folder))
+        if isinstance(self.ref_model, SyncedReference):
+            save_file({str(i): then.cpu() for i, (_, then) in enumerate(self.ref_model.adapter)}, folder / _REFERENCE)
+
+    def load_weights(self, folder: Path) -> None:
+        self.load_model(folder)
+        if isinstance(self.ref_model, SyncedReference):
+            then = load_file(folder / _REFERENCE)
+            for i, (parameter, data) in enumerate(self.ref_model.adapter):
+                data.copy_(then[str(i)])
+
+    @property
+    def data_generator(self) -> torch.Generator | None:
+        return getattr(self.dataloader, "synchronized_generator", None)
+
+    def own_state(self) -> dict[str, Any]:
+        rewards = {name: [term.mean, term.deviation] for name, term in self.roles.reward.terms.items()}
+        return {"batches_seen": self.batches_seen, "kl_coef": self.kl_coef, "rewards": rewards}
+
+    def restore_own_state(self, own: dict[str, Any]) -> None:
+        self.kl_coef = own["kl_coef"]
+        for name, (mean, deviation) in own["rewards"].items():
+            self.roles.reward.terms[name].mean, self.roles.reward.terms[name].deviation = mean, deviation
+
     def load_model(self, folder: Path) -> None:
         """Reads what `save_model` wrote into policy and value."""
         set_peft_model_state_dict(self.roles.policy, load_file(folder / "adapter_model.safetensors"))
@@ -566,7 +632,5 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "num_sample_generations": 0,
         "eval_on_start": section.get("eval_strategy") == "steps",  # what the others are compared with
         **by_gold,
-        # the trainer keeps the best itself, in `_keep_if_best`; transformers refuses to load the best after "no"
-        "save_strategy": "best" if section.get("load_best_model_at_end") else "no",
         **one_step,
     }

@@ -32,8 +32,6 @@ def check(recipe: Recipe, stage: str) -> None:
     _check_engine(recipe, stage)
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
-    if recipe.run.resume is not None and stage != "preferences":
-        raise RecipeError(f"--resume: {stage} cannot be resumed; scripts/preferences.py can")
     if recipe.run.name == "latest":
         raise RecipeError("`run.name` latest: the link to the newest run has this name; choose another")
     if recipe.evaluate.exact and recipe.objective.beta == 0 and stage == "evaluate":

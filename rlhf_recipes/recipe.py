@@ -6,6 +6,10 @@ Nothing heavy is imported here: a wrong key is answered in well under a second.
 import dataclasses
 import difflib
 import functools
+import math
+import os.path
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable
@@ -14,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
@@ -26,6 +30,20 @@ Positive = Annotated[int, Gt(0)]
 
 class RecipeError(Exception):
     """A mistake in a recipe, an override, a task or a file it names; the message says where and what to do."""
+
+    exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        """One printable line, whatever words of a library or of a file are in it."""
+        line = re.sub(r"\s*[\r\n]\s*", " ", str(message)).strip()
+        line = line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+class RunStopped(RecipeError):
+    """A run cannot go on, for a reason that is not the recipe's text: a full disk, losses that are not finite."""
+
+    exit_code = 3
 
 
 # --- the shared sections -----------------------------------------------------------------------------------------
@@ -56,7 +74,7 @@ class LoraSection:
 
     r: Positive = _key("rank", 16)
     alpha: Annotated[float, Gt(0)] = _key("the update is scaled by alpha / r", 32)
-    dropout: Annotated[float, Ge(0)] = _key("on the adapter's input while training SFT and rewards", 0.0)
+    dropout: Annotated[float, Ge(0), Lt(1)] = _key("on the adapter's input while training SFT and rewards", 0.0)
     target_modules: str | list[str] = _key("PEFT's `target_modules`", "all-linear")
 
 
@@ -136,7 +154,7 @@ def _build_term(i: int, values: dict[str, Any]) -> RewardTerm:
     hints, where = typing.get_type_hints(RewardTerm, include_extras=True), f"reward.terms[{i}]"
     for key in values:
         if key not in hints:
-            raise RecipeError(f"unknown key `{where}.{key}`{nearest(str(key), hints)}")
+            raise RecipeError(f"unknown key `{where}.{key}`{nearest(key, hints)}")
     return RewardTerm(**{key: _coerce(value, hints[key], f"`{where}.{key}`") for key, value in values.items()})
 
 
@@ -166,11 +184,14 @@ class SamplingSection:
 class RunSection:
     """Where a run goes and who watches it."""
 
-    seed: Annotated[int, Ge(0)] = _key("of sampling, data order and initial weights", 0)
+    seed: Annotated[int, Ge(0), Lt(2**32)] = _key("of sampling, data order and initial weights", 0)
     tracker: Literal["wandb", "none"] = _key("wandb runs go offline by themselves without login or network", "wandb")
     project: str = _key("the wandb project", "rlhf-recipes")
     name: str | None = _key("the run folder's name; default: time and seed", None)
     resume: str | None = _key("a run's folder to go on with, or `latest`; --resume says the same", None)
+    max_skipped_steps: Positive = _key(
+        "optimizer steps in a row whose gradient is not finite, and which are left out, after which a run stops", 10
+    )
     output: str = _key("runs are written to <output>/<task>/<stage>/<run>, relative to where you are", "outputs")
 
 
@@ -266,7 +287,13 @@ _AT_EOS = "a completion ends at the tokenizer's eos in every stage"
 _COMPUTED = "TRL computes it from the batch sizes and the number of processes"
 _SINGLE_STEP = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
 _ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
-_SAVED = "the adapter is saved at the end of the run, and the best so far with `metric_for_best_model`"
+_CHECKPOINTS = {
+    "resume_from_checkpoint": "--resume goes on with a run",
+    "save_only_model": "a checkpoint holds what a run needs to go on; its adapter alone can be copied out of it",
+    "ignore_data_skip": "a run that goes on sees the data it would have seen",
+    "restore_callback_states_from_checkpoint": "--resume restores them",
+    "auto_find_batch_size": "a run whose batch size may change cannot be repeated or resumed",
+}
 _NOT_READ = "PPO's loop does not read it"
 PPO_READS = frozenset((
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
@@ -276,14 +303,12 @@ PPO_READS = frozenset((
     "gamma", "lam", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
     "kl_loss", "kl_target", "kl_horizon", "target_kl", "reference", "reference_sync_steps",
     "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
+    "save_strategy", "save_steps", "save_total_limit",
 ))  # fmt: skip
 _PPO_REFUSED = {
     "stop_token": _AT_EOS,
     "stop_token_id": _AT_EOS,
     "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
-    "save_strategy": _SAVED,
-    "save_steps": _SAVED,
-    "resume_from_checkpoint": "a PPO run cannot be resumed",
     "gradient_checkpointing": "PPO's loop does not use it",
     **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),
     **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
@@ -322,7 +347,7 @@ class Recipe:
     def path(self, value: str) -> str:
         """`value` if it is a folder here or beside the recipe (in that order reversed), else `value` as a Hub id."""
         for base in (self.folder, Path.cwd()):
-            if (base / value).exists():
+            if os.path.exists(base / value):  # false, not an error, for what can be no file's name
                 return str((base / value).resolve())
         return value
 
@@ -341,7 +366,8 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, which PyYAML silently overwrites, and reads only true and false as booleans.
 
-    YAML 1.1 also reads yes, no, on and off so, which turns `save_strategy: no` into False.
+    YAML 1.1 also reads yes, no, on and off so, which turns `save_strategy: no` into False. A date is text, as a run may be
+    named after one.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -354,16 +380,36 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in _PLAIN_TAGS  # None: whatever has no constructor is refused
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag != "tag:yaml.org,2002:timestamp" and (tag != "tag:yaml.org,2002:bool" or first in "tTfF")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
 def read_yaml(text: str, where: str) -> Any:
+    """
+    Raises:
+        RecipeError: it is no YAML, or more than text, numbers, true, false, null, lists and mappings.
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, TypeError) as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error}{at}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not valid YAML: too deeply nested") from None
+    except (yaml.YAMLError, TypeError, ValueError, LookupError) as error:  # the last three of !!int x, "\UFFFFFFFF" and such
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
 
 
@@ -374,18 +420,60 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 
 @functools.cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
+    config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    return TypeAdapter(hint, config=config)
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as `hint`: "5e-7" becomes a float (PyYAML reads it as text), 1 becomes 1.0, "yes" does not become 3."""
+    _check_plain(value, where)
     if isinstance(value, bool) and not _accepts_bool(hint):
         raise RecipeError(f"{where}: expected {_type_name(hint)}, got {value!r}")
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {value!r} ({reason})") from None
+        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {_short(value)} ({reason})") from None
+
+
+_MOST_VALUES, _DEEPEST = 10_000, 32
+_SHORTENER = reprlib.Repr()
+_SHORTENER.maxstring = _SHORTENER.maxother = 80
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Values that can be written down and read back as they are; with aliases, a few lines of YAML can hold billions."""
+    pending, count = [(value, 0)], 0
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise RecipeError(
+                f"{where}: expected at most {_MOST_VALUES:,} values, nested at most {_DEEPEST} deep; aliases (& and *) multiply"
+            )
+        if isinstance(item, dict):
+            pending += [(inner, depth + 1) for pair in item.items() for inner in pair]
+        elif isinstance(item, list | tuple):
+            pending += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, str):
+            if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", item):
+                raise RecipeError(f"{where}: the character {odd[0]!a} cannot be part of it")
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise RecipeError(f"{where}: expected a finite number, got {item}")
+        elif isinstance(item, int):
+            if abs(item) >= 2**63:
+                raise RecipeError(f"{where}: expected a number of at most 64 bits, got one of {item.bit_length()}")
+        elif item is not None:
+            raise RecipeError(f"{where}: expected text, a number, true, false, null, a list or a mapping, got {_short(item)}")
+
+
+def _short(value: Any) -> str:
+    """`value` as Python writes it, or its beginning and end; never more than a line, however much aliases make of it."""
+    try:
+        return _SHORTENER.repr(value)
+    except ValueError:  # Python's own limit on the digits of a number
+        return "an enormous number"
 
 
 def _accepts_bool(hint: Any) -> bool:
@@ -398,7 +486,7 @@ def _type_name(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *constraints = typing.get_args(hint)
-        return " ".join([_type_name(base), *map(_constraint_name, constraints)])
+        return f"{_type_name(base)} {' and '.join(map(_constraint_name, constraints))}"
     if origin is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if origin in (types.UnionType, typing.Union):
@@ -407,6 +495,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _constraint_name(constraint: Any) -> str:
+    if isinstance(constraint, Lt):
+        return f"< {constraint.lt}"
     return f"> {constraint.gt}" if isinstance(constraint, Gt) else f">= {constraint.ge}"
 
 
@@ -424,7 +514,7 @@ def _build_section(name: str, values: Any, file: str) -> Any:
 def refused_keys(stage: str) -> dict[str, str]:
     """TRL's fields that the stage would accept and ignore, with the reason."""
     unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
-    return unread | REFUSED.get(stage, {})
+    return unread | _CHECKPOINTS | REFUSED.get(stage, {})
 
 
 def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
@@ -440,10 +530,14 @@ def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
 
 def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: str) -> None:
     if not isinstance(values, dict):
-        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {values!r}")
+        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {_short(values)}")
     for key in values:
         if key not in known:
-            raise RecipeError(f"{file}: unknown key `{section}.{key}`{nearest(str(key), known)}")
+            raise RecipeError(f"{file}: unknown key `{section}.{_key_name(key)}`{nearest(_key_name(key), known)}")
+
+
+def _key_name(key: Any) -> str:
+    return key if isinstance(key, str) else _short(key)
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -453,18 +547,20 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         RecipeError: naming the file, the key and the nearest valid name.
     """
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         file = file / "recipe.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):  # false, not an error, for what can be no file's name
         raise RecipeError(f"{file}: no such recipe; {_known_recipes()}")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"{file}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from None
     content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of sections, got {type(content).__name__}")
-    folder = Path(str(content.pop("folder", file.parent))).resolve()
+    folder = Path(_coerce(content.pop("folder", str(file.parent)), str, f"{file}: `folder`")).resolve()
 
     origin = {}  # (section, key) -> where it was said, so that an error blames the override and not the file
     for dotted, value in (overrides or {}).items():
@@ -480,7 +576,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for section in content:
         if section not in _section_names():
             blame = next((o for (s, _), o in origin.items() if s == section), str(file))
-            raise RecipeError(f"{blame}: unknown section `{section}`{nearest(str(section), _section_names())}")
+            raise RecipeError(f"{blame}: unknown section `{_key_name(section)}`{nearest(_key_name(section), _section_names())}")
 
     def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
         values = {} if content.get(section) is None else content[section]

@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -415,13 +414,3 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     """What `coroutine` returns, also where an event loop is running already, as in a notebook."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
-
-
-def stop_together(failure: RewardError | None) -> None:
-    """Raises on every process the failure that one of them has; call it on all of them."""
-    failures = gather_object([None if failure is None else str(failure)]) if PartialState().num_processes > 1 else [failure]
-    first = next((message for message in failures if message is not None), None)
-    if failure is not None:
-        raise failure
-    if first is not None:
-        raise RewardError(first)

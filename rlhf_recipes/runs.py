@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -12,16 +14,24 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, step_of
 from rlhf_recipes.diagnosis import Finding
-from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
+from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.resume import RESOLVED, RUN, SUMMARY, read_run, task_hash
+from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.tracking import Tracker
 
 # Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
 _TIMINGS = ("eps", "_runtime", "_per_second", "total_flos")
+# Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
+_GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 
 
 @dataclass
@@ -36,6 +46,9 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     last_step: int = 0
     findings: list[Finding] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several trainings keeps over an interruption
+    checkpoint: Path | None = None  # to go on from
+    _lock: FileLock | None = None
 
     @classmethod
     def prepare(cls, recipe: Recipe, stage: str) -> "Run":
@@ -43,32 +56,112 @@ class Run:
         state = PartialState()
         stage_folder = Path(recipe.run.output) / recipe.task / stage
         if recipe.run.resume is not None:
-            folder = stage_folder / "latest" if recipe.run.resume == "latest" else Path(recipe.run.resume)
-            _check_resumable(folder, recipe)
-            return cls(recipe, stage, folder.resolve(), state.is_main_process)
+            path = Path(recipe.run.resume)  # resume.py has made it the checkpoint, or the run
+            if not (path / MANIFEST).is_file():
+                return cls(recipe, stage, path, state.is_main_process)
+            run = cls(recipe, stage, path.parent, state.is_main_process, checkpoint=path)
+            run._restore()
+            return run
         name = recipe.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{recipe.run.seed}"
         [name] = broadcast_object_list([name])  # the processes' clocks differ
         return cls(recipe, stage, stage_folder / name, state.is_main_process)
 
     def start(self) -> None:
-        """Makes the folder, writes the resolved recipe, points `latest` at it, and starts tracking.
+        """Makes the folder with the resolved recipe and points `latest` at it, or takes an interrupted one up; starts tracking.
 
         Raises:
-            RecipeError: the folder exists; nothing is ever overwritten.
+            RecipeError: the folder exists, or another process is at work in it; nothing is ever overwritten.
         """
-        error = None
-        if self.main and self.recipe.run.resume is None:
+        failure = None
+        if self.main:
             try:
-                self.folder.mkdir(parents=True)
-                (self.folder / "recipe.resolved.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-                _point_latest(self.folder)
-            except FileExistsError:
-                error = f"{self.folder}: this run exists; choose another `--run.name`, nothing is overwritten"
-        [error] = broadcast_object_list([error])
-        if error:
-            raise RecipeError(error)
-        self.tracker = Tracker(self.recipe, self.stage, self.folder, enabled=self.main)
+                if self.recipe.run.resume is None:
+                    self._make_folder()
+                self._take_folder()
+            except RecipeError as error:
+                failure = error
+        stop_together(failure)
+        identity = read_run(self.folder).get("wandb") if self.main else None
+        self.tracker = Tracker(self.recipe, self.stage, self.folder, enabled=self.main, identity=identity)
         self.started = time.perf_counter()
+
+    def _make_folder(self) -> None:
+        """The folder appears with the recipe in it, or not at all."""
+        temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        if self.folder.exists():
+            raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`, nothing is overwritten")
+        temporary.mkdir(parents=True)
+        (temporary / RESOLVED).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe)}
+        (temporary / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        try:
+            temporary.rename(self.folder)
+        except OSError as error:  # another process was faster
+            shutil.rmtree(temporary)
+            raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`") from error
+        _point_latest(self.folder)
+
+    def _take_folder(self) -> None:
+        """Locks it, and cuts it back to the checkpoint that the run goes on from."""
+        self._lock = FileLock(self.folder / ".lock", is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RecipeError(
+                f"{self.folder}: another process is at work in this run's folder; wait for its end, or stop it"
+            ) from None
+        if self.recipe.run.resume is None:
+            return
+        sizes = {} if self.checkpoint is None else self._saved()["files"]
+        for name in _GROWING:
+            file = self.folder / name
+            if file.is_file():
+                os.truncate(file, min(file.stat().st_size, sizes.get(name, 0)))
+        newest = -1 if self.checkpoint is None else step_of(self.checkpoint)
+        for folder in checkpoints_of(self.folder):
+            if step_of(folder) > newest:  # damaged, and about to be written anew
+                self.say(f"{folder} is kept as {set_aside(folder).name}")
+        for folder in (*self.folder.glob(".*.tmp"), *self.folder.glob("best-*")):
+            if folder.name.startswith(".") or step_of(folder) > newest:  # half a checkpoint; or one that comes again
+                shutil.rmtree(folder)
+
+    # --- what a checkpoint holds of the run ----------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """As JSON; on the main process, after which the files it speaks of are on the disk."""
+        sizes = {}
+        for name in _GROWING:
+            file = self.folder / name
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                sizes[name] = file.stat().st_size
+        return {"files": sizes, "findings": [asdict(finding) for finding in self.findings], "memory": self.memory}
+
+    def _saved(self) -> dict[str, Any]:
+        assert self.checkpoint is not None
+        return self._resume_file()["run"]
+
+    def _resume_file(self) -> dict[str, Any]:
+        assert self.checkpoint is not None
+        return json.loads((self.checkpoint / RESUME).read_text(encoding="utf-8"))
+
+    def _restore(self) -> None:
+        saved = self._saved()
+        self.findings = [Finding(**finding) for finding in saved["findings"]]
+        self.memory, self.last_step = saved["memory"], self._resume_file()["before"]
+
+    def take_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, given to the first training that asks."""
+        checkpoint, self.checkpoint = self.checkpoint, None
+        return checkpoint
+
+    def last_checkpoint(self) -> str:
+        """The newest whole one, for a message."""
+        found = next((folder for folder in checkpoints_of(self.folder) if damage(folder) is None), None)
+        return f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+
+    # --- what a run writes ---------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One line of metrics.jsonl (and of timing.jsonl), and the same to wandb."""
@@ -91,6 +184,12 @@ class Run:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.main:
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def write_batch(self, name: str, batch: dict[str, Any]) -> Path:
+        """The tensors of a batch, by every process that calls it."""
+        file = self.folder / f"{name}.safetensors"
+        save_file({key: value.contiguous() for key, value in batch.items() if isinstance(value, Tensor)}, file)
+        return file
 
     def save_backbone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """A whole model in `model.save_dtype`, as safetensors, with its tokenizer, under `model/`."""
@@ -132,31 +231,15 @@ class Run:
         if self.stage in ("ppo", "a2c"):
             summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
-            self.write_json("summary.json", summary)
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")
             if self.tracker is not None:
                 self.tracker.finish(summary)
+            self.write_json(SUMMARY, summary)  # the last of all: a run that has it is finished
             print(f"{self.stage}: {self.folder}")
+        if self._lock is not None:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
         return summary
-
-
-def _check_resumable(folder: Path, recipe: Recipe) -> None:
-    """A run goes on only as the run it was: the same recipe, and not finished yet."""
-    resolved = folder / "recipe.resolved.yaml"
-    if not resolved.is_file():
-        raise RecipeError(f"--resume: {folder} is not a run's folder: it has no recipe.resolved.yaml")
-    if (folder / "summary.json").is_file():
-        raise RecipeError(f"--resume: {folder} is finished: it has a summary.json")
-    then, now = _dotted(load_recipe(resolved)), _dotted(recipe)
-    changed = [key for key in now if now[key] != then.get(key) and (key == "run.seed" or not key.startswith("run."))]
-    if changed:
-        raise RecipeError(f"--resume: {folder} was started with other values of {', '.join(changed)}")
-
-
-def _dotted(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as `section.key` -> value."""
-    sections = {name: section for name, section in recipe.to_dict().items() if isinstance(section, dict)}
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def _point_latest(folder: Path) -> None:

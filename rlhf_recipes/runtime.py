@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf_recipes.recipe import RecipeError
+
 
 def configure(seed: int, onednn: bool = True) -> None:
     """Seeds python, numpy and torch, uses all cores, and silences other packages' deprecation notices.
@@ -37,6 +39,17 @@ def configure(seed: int, onednn: bool = True) -> None:
             use_onednn_on_amd()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, _cores() // processes))
+
+
+def stop_together(failure: RecipeError | None) -> None:
+    """Raises on every process the failure that one of them has; call it on all of them."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    failures = gather_object([failure]) if PartialState().num_processes > 1 else [failure]
+    for first in (failure, *failures):
+        if first is not None:
+            raise first
 
 
 def _cores() -> int:

@@ -14,9 +14,12 @@ class Tracker:
     """A wandb run of one stage, or nothing (`run.tracker: none`, not the main process, or wandb itself failing).
 
     Every call is safe: tracking is never a reason for a training to stop.
+
+    Args:
+        identity: wandb's id of the run, the same when it goes on.
     """
 
-    def __init__(self, recipe: Recipe, stage: str, folder: Path, enabled: bool = True) -> None:
+    def __init__(self, recipe: Recipe, stage: str, folder: Path, enabled: bool = True, identity: str | None = None) -> None:
         self._run: Any = None
         if not enabled or recipe.run.tracker == "none":
             return
@@ -33,6 +36,8 @@ class Tracker:
                 config=recipe.to_dict(),
                 dir=folder,
                 mode=mode,
+                id=identity,
+                resume="allow",  # a run that goes on is one run there too
             )
         except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
             print(f"wandb: switched off ({error})", file=sys.stderr)

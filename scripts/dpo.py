@@ -1,6 +1,6 @@
 """Direct preference optimisation of a LoRA policy, with TRL's DPOTrainer.
 
-    accelerate launch scripts/dpo.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+    accelerate launch scripts/dpo.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
 Trains on `preferences.path`, on the task's own pairs (`preferences.source: task`), or on pairs that it samples first; with
 `dpo.rounds` above 1 it samples anew from the policy before each further round. Leaves adapter, metrics, samples and summary
@@ -44,12 +44,15 @@ def main(recipe: Recipe) -> dict:
     args = stage_config(DPOConfig, recipe, "dpo", run.folder, **dpo_fields(recipe))
     run.start()
     prepare_rewards(roles, task, run)
-    for number in range(args.rounds):
+    first = run.memory.get("round", 0)  # above 0 in a run that goes on
+    pairs = None if first else pairs
+    for number in range(first, args.rounds):
         if pairs is None:
             policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
             run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
             pairs = preferences.load_pairs(run.folder / name)
+        run.memory["round"] = number
         trainer = DPOTrainer(args, roles, pairs)
         watch(trainer, run)
         trainer.train()

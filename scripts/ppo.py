@@ -1,6 +1,6 @@
 """Proximal policy optimisation of a LoRA policy, with TRL's PPOTrainer.
 
-    accelerate launch scripts/ppo.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+    accelerate launch scripts/ppo.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
 Policy, reference, value and reward share one frozen backbone. Ends with held-out prompts, reference and policy side by
 side, and leaves adapter, metrics, samples and summary in outputs/<task>/ppo/<run>/.

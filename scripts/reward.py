@@ -1,6 +1,6 @@
 """Trains the reward model with TRL's RewardTrainer: a LoRA adapter and score head on the recipe's backbone.
 
-    accelerate launch scripts/reward.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+    accelerate launch scripts/reward.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
 Pairs come from the task's `load_preferences`; the loss is -log sigmoid(r(chosen) - r(rejected)). Ends with the held-out
 pairwise accuracy, by length where the pairs name one in a column `words`.
@@ -15,13 +15,14 @@ def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from functools import partial
 
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_pairs
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
+    from rlhf_recipes.resumable import RewardTrainer
     from rlhf_recipes.rewards import AdapterReward
     from rlhf_recipes.roles import load_with_new_adapter
     from rlhf_recipes.runs import Run

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of the backbone with TRL's SFTTrainer.
 
-    accelerate launch scripts/sft.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
+    accelerate launch scripts/sft.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
 With `sft.from_scratch: true` it trains a new tokenizer and a new model of `model.architecture`; otherwise it trains a
 LoRA adapter on `model.path` and merges it: the result is the next stages' backbone, and so their reference.
@@ -16,13 +16,12 @@ def main(recipe: Recipe) -> dict:
     import math
     from functools import partial
 
-    from trl import SFTTrainer
-
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, sft_fields, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
+    from rlhf_recipes.resumable import SFTTrainer
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task

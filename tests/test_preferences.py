@@ -87,7 +87,7 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
     (tmp_path / "outputs/tiny/preferences/it/summary.json").unlink()
     with pytest.raises(SystemExit):
         run("preferences", tiny, tmp_path, "--resume", "--preferences.pairs_per_prompt=3")
-    assert "other values of preferences.pairs_per_prompt" in capsys.readouterr().err
+    assert "would go on as another run: `preferences.pairs_per_prompt` 1 -> 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "not json", '{"prompt": "x"}', "[1]"])

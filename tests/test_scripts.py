@@ -57,7 +57,7 @@ def test_ppo_writes_what_it_promises(tiny, tmp_path):
     folder = tmp_path / "outputs/tiny/ppo/it"
     assert {p.name for p in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "value.safetensors", "README.md", "recipe.resolved.yaml",
-        "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json",
+        "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "run.json", "checkpoint-2",
     }  # fmt: skip
     assert (folder.parent / "latest").resolve() == folder.resolve()
     assert set(summary) == {"task", "stage", "seed", "beta", "seconds", "prompts", "reference", "policy", "findings"}
