@@ -100,7 +100,7 @@ _SHOWN = {
 
 
 def watch(trainer: Resumable, run: Run) -> None:
-    """Makes the trainer part of the run: its logger and one progress bar in place of the trainer's own printing, checkpoints."""
+    """Makes the trainer part of the run: checkpoints, the run's logger, and one progress bar in place of the trainer's."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RunLogger(run))

@@ -2,7 +2,7 @@
 
 A checkpoint is written to a temporary folder beside its place, with a manifest of every file's size and SHA-256, forced to
 disk, and renamed: whoever is killed, or whatever loses power, leaves either all of it or none. The manifest finds damage, not
-forgery: who can change a file can change the manifest too. Weights are safetensors, everything else is JSON; nothing is pickled.
+forgery: who can change a file can change the manifest too. Weights are safetensors, the rest is JSON; nothing is pickled.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_recipes.recipe import RunStopped
+from rlhf_recipes.recipe import StoppedError
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # as transformers names it
@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) ->
         needed: bytes, for the message where the disk is full.
 
     Raises:
-        RunStopped: the disk is full.
+        StoppedError: the disk is full.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) ->
         if "No space left" not in str(error):
             raise
         free = shutil.disk_usage(folder.parent).free
-        raise RunStopped(
+        raise StoppedError(
             f"{folder}: the disk is full: a checkpoint needs about {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are "
             f"free; the ones before are whole. Make room, then go on with --resume"
         ) from error

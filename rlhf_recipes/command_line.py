@@ -4,6 +4,7 @@ Nothing heavy is imported here: a wrong key is answered in well under a second.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import sys
@@ -19,6 +20,7 @@ from rlhf_recipes.recipe import (
     SECTIONS,
     Recipe,
     RecipeError,
+    StoppedError,
     load_recipe,
     nearest,
     read_yaml,
@@ -130,6 +132,11 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
             except RecipeError as error:
                 _say(f"error: {error}")
                 raise SystemExit(error.exit_code) from None
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                _say(f"error: the disk is full: {error.filename or error}; make room, then go on with --resume")
+                raise SystemExit(StoppedError.exit_code) from None
             except interrupts.Interrupted as interruption:
                 _say(f"{stage}: {interruption}")
                 raise SystemExit(interrupts.EXIT_CODE) from None

@@ -43,7 +43,7 @@ from rlhf_recipes.objective import (
     weighted_token_kl,
     whitening_scale,
 )
-from rlhf_recipes.recipe import Recipe, RunStopped
+from rlhf_recipes.recipe import Recipe, StoppedError
 from rlhf_recipes.resumable import Resumable
 from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores
 from rlhf_recipes.roles import Roles, SyncedReference, ValueAdapter, ValueHead
@@ -51,10 +51,11 @@ from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, sample_completions
 from rlhf_recipes.training_state import random_state, restore_random_state
 
-_REFERENCE = "reference.safetensors"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_ppo_trainer
+
+_REFERENCE = "reference.safetensors"
 
 
 @dataclass
@@ -313,7 +314,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         return metrics
 
     def _keep_if_best(self, value: float) -> None:
-        """Saves the policy as `best-<step>` if its metric is the best so far; one before it stays while a checkpoint needs it."""
+        """Saves the policy as `best-<step>` if it is the best so far; the one before stays while a checkpoint needs it."""
         args, state = self.args, self.state
         if state.best_metric is not None and value <= state.best_metric:
             return
@@ -325,7 +326,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             try:
                 write_checkpoint(Path(state.best_model_checkpoint), lambda folder: self.save_model(str(folder)), sum(trained))
                 prune(Path(args.output_dir), args.save_total_limit, state.best_model_checkpoint)
-            except RunStopped as error:
+            except StoppedError as error:
                 failure = error
         stop_together(failure)
 
@@ -341,7 +342,9 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             restore_random_state(self.mine["epoch_random" if seen else "random"], generator)
         while True:
             self.epoch_random = random_state(self.data_generator)
-            for self.batches_seen, batch in enumerate(self.dataloader, start=1):
+            self.batches_seen = 0
+            for batch in self.dataloader:
+                self.batches_seen += 1
                 if self.batches_seen <= seen:
                     if self.batches_seen == seen:
                         restore_random_state(self.mine["random"])
@@ -589,7 +592,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         self.load_model(folder)
         if isinstance(self.ref_model, SyncedReference):
             then = load_file(folder / _REFERENCE)
-            for i, (parameter, data) in enumerate(self.ref_model.adapter):
+            for i, (_, data) in enumerate(self.ref_model.adapter):
                 data.copy_(then[str(i)])
 
     @property

@@ -40,7 +40,7 @@ class RecipeError(Exception):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
-class RunStopped(RecipeError):
+class StoppedError(RecipeError):
     """A run cannot go on, for a reason that is not the recipe's text: a full disk, losses that are not finite."""
 
     exit_code = 3
@@ -58,6 +58,7 @@ class ModelSection:
     """The frozen backbone under every role."""
 
     path: str = _key("a Hub id, or a folder relative to the recipe")
+    trust_remote_code: bool = _key("execute the Python code that the model brings along (`auto_map` in its config)", False)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("of the backbone in memory; adapters are float32", "float32")
     attention: str | None = _key(
         "transformers' `attn_implementation`: sdpa, eager (faster for short texts on a CPU), flash_attention_2, ...", None
@@ -91,6 +92,7 @@ class RewardTerm:
     label: int | str | None = _key("the column of the model's output; needed where it has several", None)
     probability: bool = _key("the model's softmax (of one label: sigmoid) instead of its logit", False)
     pair: bool = _key("the model's tokenizer gets prompt and completion as two segments", False)
+    trust_remote_code: bool = _key("execute the Python code that the `model` brings along", False)
     max_length: Positive | None = _key("tokens the model reads; a longer text loses its beginning", None)
     on_error: Literal["stop", "skip"] = _key("where a function fails: stop the run, or leave the row out", "stop")
 
@@ -277,6 +279,7 @@ OWNER_OF = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "model_init_kwargs": "model",
+    "trust_remote_code": "model.trust_remote_code",
     "sft_model_path": "model.path",
     "reward_model_path": "reward.model",
     "missing_eos_penalty": "reward.missing_eos_penalty",
@@ -314,6 +317,13 @@ _PPO_REFUSED = {
     **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
     **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _COMPUTED),
 }
+
+# Keys of secrets. A recipe holds none: it is written into the run's folder and sent to wandb, the command line too.
+_SECRET = re.compile(r"^token$|(^|_)(api_key|password|secret|(auth|hub|hf|access)_token)$", re.IGNORECASE)
+_NO_SECRETS = (
+    "a secret belongs neither into a recipe nor on a command line: both are written into the run's folder and sent to wandb; "
+    "give it in the environment variable HF_TOKEN (for wandb: WANDB_API_KEY)"
+)
 REFUSED = {
     "ppo": _PPO_REFUSED,
     "a2c": _PPO_REFUSED
@@ -433,7 +443,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {_short(value)} ({reason})") from None
+        raise RecipeError(f"{where}: expected {_type_name(hint)}, got {shortened(value)} ({reason})") from None
 
 
 _MOST_VALUES, _DEEPEST = 10_000, 32
@@ -465,10 +475,12 @@ def _check_plain(value: Any, where: str) -> None:
             if abs(item) >= 2**63:
                 raise RecipeError(f"{where}: expected a number of at most 64 bits, got one of {item.bit_length()}")
         elif item is not None:
-            raise RecipeError(f"{where}: expected text, a number, true, false, null, a list or a mapping, got {_short(item)}")
+            raise RecipeError(
+                f"{where}: expected text, a number, true, false, null, a list or a mapping, got {shortened(item)}"
+            )
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     """`value` as Python writes it, or its beginning and end; never more than a line, however much aliases make of it."""
     try:
         return _SHORTENER.repr(value)
@@ -511,10 +523,28 @@ def _build_section(name: str, values: Any, file: str) -> Any:
     return cls(**given)
 
 
+def _refuse_secrets(section: str, values: Any, file: str) -> None:
+    """Names the key of a secret anywhere in `values`, and never the value."""
+    pending, seen = [(section, values)], set()
+    while pending:
+        where, item = pending.pop()
+        if id(item) in seen:  # YAML's aliases can make cycles
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            for key in item:
+                if isinstance(key, str) and _SECRET.search(key):
+                    raise RecipeError(f"{file}: `{where}.{key}`: {_NO_SECRETS}")
+            pending += [(f"{where}.{key}", inner) for key, inner in item.items()]
+        elif isinstance(item, list):
+            pending += [(f"{where}[{i}]", inner) for i, inner in enumerate(item)]
+
+
 def refused_keys(stage: str) -> dict[str, str]:
-    """TRL's fields that the stage would accept and ignore, with the reason."""
+    """TRL's fields that the stage would accept and ignore, or that are secrets, with the reason."""
+    secrets = dict.fromkeys(filter(_SECRET.search, stage_fields(stage)), _NO_SECRETS)
     unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
-    return unread | _CHECKPOINTS | REFUSED.get(stage, {})
+    return unread | secrets | _CHECKPOINTS | REFUSED.get(stage, {})
 
 
 def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
@@ -530,14 +560,14 @@ def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
 
 def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: str) -> None:
     if not isinstance(values, dict):
-        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {_short(values)}")
+        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {shortened(values)}")
     for key in values:
         if key not in known:
             raise RecipeError(f"{file}: unknown key `{section}.{_key_name(key)}`{nearest(_key_name(key), known)}")
 
 
 def _key_name(key: Any) -> str:
-    return key if isinstance(key, str) else _short(key)
+    return key if isinstance(key, str) else shortened(key)
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -581,6 +611,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
         values = {} if content.get(section) is None else content[section]
         try:
+            _refuse_secrets(section, values, str(file))
             return builder(section, values, str(file))
         except RecipeError as error:  # blame the override, where one set the key
             message = str(error)

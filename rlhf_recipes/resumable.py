@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from rlhf_recipes import interrupts
 from rlhf_recipes.checkpoints import RESUME, STATE, prune, write_checkpoint
 from rlhf_recipes.engines import whole_weights
-from rlhf_recipes.recipe import RunStopped
+from rlhf_recipes.recipe import StoppedError
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.training_state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -60,7 +60,7 @@ class Resumable(Trainer):
 
         Raises:
             Interrupted: a signal came; the checkpoint is saved.
-            RunStopped: too many steps in a row were not finite, or the disk is full.
+            StoppedError: too many steps in a row were not finite, or the disk is full.
         """
         checkpoint = self.run.take_checkpoint() if self.run is not None else None
         if checkpoint is not None:
@@ -68,8 +68,9 @@ class Resumable(Trainer):
             self.load_weights(checkpoint)
         with interrupts.training() if self.run is not None else contextlib.nullcontext():
             result = self._train(checkpoint)
+        if self.run is not None:
+            self.run.last_step = self._before + self.state.global_step
         if self.interrupted:
-            assert self.run is not None
             raise interrupts.Interrupted(f"saved at step {self.state.global_step + self._before}; --resume goes on from there")
         return result
 
@@ -79,6 +80,7 @@ class Resumable(Trainer):
         # killed after its last step: transformers would take one more
         self.load_state(checkpoint)
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
+        self.model.train()  # TRL asks it which metrics to log
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         return self._finalize_training(None, num_train_samples=0, start_time=time.time())
 
@@ -136,7 +138,7 @@ class Resumable(Trainer):
         """Writes `checkpoint-<step>` of the run, once a step, on all processes together; then prunes older ones.
 
         Raises:
-            RunStopped: the disk is full.
+            StoppedError: the disk is full.
         """
         step = self.state.global_step + self._before
         if self.run is None or self._saved_step == step or self.is_deepspeed_enabled or self.skipped_in_a_row:
@@ -171,7 +173,7 @@ class Resumable(Trainer):
             try:
                 write_checkpoint(folder / f"checkpoint-{step}", fill, needed)
                 prune(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            except RunStopped as error:
+            except StoppedError as error:
                 failure = error
         stop_together(failure)
 
@@ -242,7 +244,7 @@ class Keeper(TrainerCallback):
             self.resumes_epoch = True
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """transformers skips the batches that were seen; they come in the same order only if it is drawn from the same state."""
+        """transformers skips the batches that were seen: they are the same if their order is drawn from the same state."""
         trainer = self.trainer
         if self.resumes_epoch:
             self.resumes_epoch = False
@@ -253,7 +255,7 @@ class Keeper(TrainerCallback):
         """Leaves out a step whose gradient is not finite, on all processes; too many in a row stop the run.
 
         Raises:
-            RunStopped: `run.max_skipped_steps` in a row; their last batch is written to failed_batch-*.safetensors.
+            StoppedError: `run.max_skipped_steps` in a row; their last batch is written to failed_batch-*.safetensors.
         """
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:  # which has the gradients to itself
@@ -272,7 +274,7 @@ class Keeper(TrainerCallback):
             tqdm.write(f"step {step}: a gradient is not finite; this optimizer step is left out")
         if trainer.skipped_in_a_row >= run.recipe.run.max_skipped_steps:
             file = run.write_batch(f"failed_batch-{step}-{trainer.accelerator.process_index}", trainer.batch or {})
-            raise RunStopped(
+            raise StoppedError(
                 f"step {step}: {trainer.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite; the last "
                 f"batch is in {file}, {run.last_checkpoint()}. Lower the learning rate or look at the batch, then start anew, "
                 f"or go on with --resume"

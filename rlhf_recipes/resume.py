@@ -50,8 +50,8 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
         before, processes = _processes(checkpoint), int(os.environ.get("WORLD_SIZE", "1"))
         if before != processes:
             raise RecipeError(
-                f"--resume: {checkpoint} was written by {before} processes and this job has {processes}: batches, data order and "
-                f"random states would be others; launch with {before}"
+                f"--resume: {checkpoint} was written by {before} processes and this job has {processes}: batches, data order "
+                f"and random states would be others; launch with {before}"
             )
         notes.append(f"going on from {checkpoint}")
     elif stage != "preferences":  # its pairs are its own record
@@ -149,8 +149,8 @@ def _pick(run: Path, chosen: Path | None) -> tuple[Path | None, list[tuple[Path,
         raise RecipeError(f"--resume: {chosen} is damaged: {reason}; {newest}")
     assert whole is not None
     raise RecipeError(
-        f"--resume: {chosen} is not the newest: {whole} has {step_of(whole) - step_of(chosen)} steps more, which would be lost; "
-        f"move that folder away first if they should be, or resume the run"
+        f"--resume: {chosen} is not the newest: {whole} has {step_of(whole) - step_of(chosen)} steps more, which would be "
+        f"lost; move that folder away first if they should be, or resume the run"
     )
 
 

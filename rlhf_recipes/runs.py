@@ -29,7 +29,8 @@ from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.tracking import Tracker
 
 # Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
-_TIMINGS = ("eps", "_runtime", "_per_second", "total_flos")
+_TIMINGS = ("eps", "total_flos")
+_TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
 # Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
 _GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 
@@ -170,7 +171,7 @@ class Run:
             return
         if self.tracker is not None:
             self.tracker.log(metrics, step=step)
-        timing = {k: v for k, v in metrics.items() if k.endswith(_TIMINGS)}
+        timing = {k: v for k, v in metrics.items() if k in _TIMINGS or k.endswith(_TIMING_ENDS)}
         self.write_lines("metrics.jsonl", [{"step": step, **{k: v for k, v in metrics.items() if k not in timing}}])
         if timing:
             self.write_lines("timing.jsonl", [{"step": step, **timing}])
