@@ -31,6 +31,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
+from transformers.trainer_utils import SaveStrategy
 
 from rlhf_recipes.checkpoints import prune, write_checkpoint
 from rlhf_recipes.objective import (
@@ -119,6 +120,8 @@ class PPOConfig(trl_ppo.PPOConfig):
         best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
         self.load_best_model_at_end = best
+        if self.loop == "trl":  # which cannot go on from a checkpoint
+            self.save_strategy = SaveStrategy.NO
 
 
 class PolicyAndValue(nn.Module):

@@ -78,22 +78,61 @@ def kill(process: subprocess.Popen, one_only: bool, rng: random.Random) -> float
     return time.monotonic() - began
 
 
-def strike(process: subprocess.Popen, run: Path, kind: str, moment: float, rng: random.Random) -> bool:
-    """Waits for the moment; false if the run was over before it."""
-    deadline = time.monotonic() + moment
-    before = set(run.glob("checkpoint-*"))
-    while time.monotonic() < deadline or kind == "saving":
-        if process.poll() is not None:
-            return False
-        if kind == "saving" and any(run.glob(".*.tmp")) and set(run.glob("checkpoint-*")) != before:  # not the very first
-            time.sleep(rng.uniform(0, 0.05))
+def strike(process: subprocess.Popen, run: Path, saving: bool, moment: float, rng: random.Random) -> bool:
+    """Waits for the moment, or until a checkpoint after the first is half written; false if the job was over before."""
+    deadline, before = time.monotonic() + moment, set(run.glob("checkpoint-*"))
+    while process.poll() is None:
+        if saving and any(run.glob(".checkpoint-*")) and set(run.glob("checkpoint-*")) != before:
+            time.sleep(rng.uniform(0, 0.02))
             return True
-        time.sleep(0.001 if kind == "saving" else 0.05)
-    return process.poll() is None
+        if not saving and time.monotonic() > deadline:
+            return True
+        time.sleep(0.001 if saving else 0.05)
+    return False
 
 
-def compare(whole: Path, run: Path) -> list[str]:
-    return [name for name in COMPARED if (whole / name).is_file() and (whole / name).read_bytes() != (run / name).read_bytes()]
+def disturbed(options: argparse.Namespace, name: str, kills: int, seconds: float, rng: random.Random) -> list[dict]:
+    """A run with up to `kills` kills; a row each, and one without a kill where it was over before its moment."""
+    run, rows, words = folder_of(options, name), [], []
+    while True:
+        process, log = start(options, name, *words)
+        number = options.done + len(rows)
+        saving, one_only = number % 4 == 3, options.processes > 1 and number % 2 == 1
+        moment = rng.uniform(0, seconds)
+        if len(rows) == kills or not strike(process, run, saving, moment, rng):
+            if process.wait() != 0:
+                print(log.read_text()[-4000:])
+            break
+        half = any(run.glob(".checkpoint-*"))
+        gone = kill(process, one_only, rng)
+        steps = [int(folder.name.split("-")[1]) for folder in run.glob("checkpoint-*")]
+        rows.append({
+            "run": name,
+            "moment": "while saving" if saving else f"{moment:.1f} s",
+            "left half a checkpoint": "yes" if half else "no",
+            "killed": "one process" if one_only else "all",
+            "gone after": f"{gone:.1f} s",
+            "went on from": max(steps) if steps else "the beginning",
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+        if (run / "summary.json").is_file():
+            break
+        words = ["--resume", str(run)] if run.is_dir() else []
+    different = differences(folder_of(options, "whole"), run)
+    rows = rows or [{"run": name}]
+    for row in rows:
+        row["end"] = "identical" if not different else f"DIFFERENT: {', '.join(different)}"
+    print(f"{name}: {', '.join(different) or 'identical'}", flush=True)
+    return rows
+
+
+def folder_of(options: argparse.Namespace, name: str) -> Path:
+    return options.output / options.recipe.resolve().name / options.stage / name
+
+
+def differences(whole: Path, run: Path) -> list[str]:
+    names = [name for name in COMPARED if (whole / name).is_file()]
+    return [name for name in names if not (run / name).is_file() or (run / name).read_bytes() != (whole / name).read_bytes()]
 
 
 def main() -> int:
@@ -108,7 +147,6 @@ def main() -> int:
     options = parser.parse_args()
     options.output = options.output or Path(tempfile.mkdtemp(prefix="chaos-"))
     options.output.mkdir(parents=True, exist_ok=True)
-    rng, runs = random.Random(options.seed), options.output / options.recipe.resolve().name / options.stage
     print(f"logs and runs: {options.output}", flush=True)
 
     began = time.monotonic()
@@ -116,51 +154,22 @@ def main() -> int:
     if process.wait() != 0:
         print(log.read_text()[-4000:])
         return 1
-    duration = time.monotonic() - began
-    print(f"undisturbed: {duration:.0f} s", flush=True)
+    seconds = time.monotonic() - began
+    print(f"undisturbed: {seconds:.0f} s", flush=True)
 
-    rows, number, failed = [], 0, False
-    for attempt in range(1, options.kills + 1):
-        name = f"killed-{attempt}"
-        run, words, left = runs / name, [], duration
-        for _ in range(min(options.kills_per_run, options.kills - number)):
-            kind = "saving" if number % 4 == 3 else "any time"
-            process, log = start(options, name, *words)
-            moment = rng.uniform(0, left)
-            if not strike(process, run, kind, moment, rng):
-                break  # over before the moment came
-            number += 1
-            one_only = options.processes > 1 and number % 2 == 0
-            half_written = len(list(run.glob(".*.tmp")))
-            gone = kill(process, one_only, rng)
-            steps = max((int(f.name.split("-")[1]) for f in run.glob("checkpoint-*")), default=None)
-            rows.append([number, name, f"{moment:.1f} s" if kind == "any time" else "while saving", bool(half_written),
-                         "one process" if one_only else "all", f"{gone:.1f} s", "beginning" if steps is None else steps])  # fmt: skip
-            print(rows[-1], flush=True)
-            words = ["--resume", str(run)] if (run / "run.json").is_file() and not (run / "summary.json").is_file() else []
-            if run.is_dir() and not words:
-                break  # it was over already
-        if process.poll() is None or process.returncode != 0:
-            if process.poll() is not None and not (run / "summary.json").is_file():
-                process, log = start(options, name, *words)
-            if process.wait() != 0:
-                print(log.read_text()[-4000:])
-                failed = True
-        different = compare(runs / "whole", run) if not failed else ["did not end"]
-        for row in rows:
-            if row[1] == name:
-                row.append("identical" if not different else f"DIFFERENT: {', '.join(different)}")
-        failed |= bool(different)
-        print(f"{name}: {'identical' if not different else different}", flush=True)
-        if number >= options.kills or failed:
-            break
-    head = ["kill", "run", "moment", "half a checkpoint left", "killed", "gone after", "went on from", "end"]
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(map(str, row)) + " |")
-    (options.output / "chaos.json").write_text(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2))
+    rng, rows, options.done = random.Random(options.seed), [], 0  # noqa: S311 - moments, not secrets
+    while options.done < options.kills and all(row["end"] == "identical" for row in rows):
+        name = f"killed-{len({row['run'] for row in rows}) + 1}"
+        rows += disturbed(options, name, min(options.kills_per_run, options.kills - options.done), seconds, rng)
+        options.done = sum("killed" in row for row in rows)
+    identical = all(row["end"] == "identical" for row in rows)
+    rows = [{"kill": number, **row} for number, row in enumerate((row for row in rows if "killed" in row), start=1)]
+    for row in (dict(zip(rows[0], rows[0], strict=True)), dict.fromkeys(rows[0], "---"), *rows):
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    (options.output / "chaos.json").write_text(json.dumps(rows, indent=2))
     versions = re.findall(r"^(torch|trl|transformers|peft|accelerate)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)
-    print(f"{number} kills, {options.processes} process(es), {os.cpu_count()} cores, {dict(versions)}")
-    return 1 if failed else 0
+    print(f"{options.stage}, {len(rows)} kills, {options.processes} process(es), {os.cpu_count()} cores, {dict(versions)}")
+    return 0 if identical else 1
 
 
 if __name__ == "__main__":

@@ -115,6 +115,33 @@ def rewards(recipe_folder, folder):
     return answers
 
 
+def going_on(recipe_folder, folder):
+    """PPO and DPO twice, and once with a signal to the last process alone, after which they go on; what differs."""
+    import pytest
+
+    from tests.test_resume import COMPARED, STAGES, run, stop_at, terminated
+
+    state, differ = PartialState(), {}
+    for stage in ("ppo", "dpo"):
+        words, _ = STAGES[stage]
+        for name in ("first", "second"):
+            run(stage, recipe_folder, folder, name, *words)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, 3, terminated if state.is_last_process else lambda: None)
+            try:
+                run(stage, recipe_folder, folder, "interrupted", *words)
+            except SystemExit as stop:
+                differ[f"{stage} code"] = stop.code
+        state.wait_for_everyone()
+        run(stage, recipe_folder, folder, "unread", "--resume", str(folder / "tiny" / stage / "interrupted"))
+        state.wait_for_everyone()
+        first, *others = (folder / "tiny" / stage / name for name in ("first", "second", "interrupted"))
+        names = [name for name in COMPARED if (first / name).is_file()]
+        differ[stage] = [f"{o.name}/{n}" for o in others for n in names if (o / n).read_bytes() != (first / n).read_bytes()]
+        differ[f"{stage} files"] = names
+    return differ
+
+
 if __name__ == "__main__":
     recipe_folder, folder, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     configure(seed=0)

@@ -34,6 +34,20 @@ def shards_of(trainer):
     return sum(isinstance(p, DTensor) or p.numel() < getattr(p, "ds_numel", 0) for p in trainer.model_wrapped.parameters())
 
 
+def interrupted(recipe, folder):
+    """dpo, which a signal interrupts and which then goes on; the exit code of the first."""
+    import pytest
+
+    from tests.test_resume import run, stop_at, terminated
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2, terminated)
+        with pytest.raises(SystemExit) as stop:
+            run("dpo", recipe, folder, "interrupted")
+    run("dpo", recipe, folder, "unread", "--resume", f"{folder}/tiny/dpo/interrupted")
+    return stop.value.code
+
+
 def main(recipe, folder):
     """sft, reward and dpo by their scripts; prints what held the weights, and how many parameters were in parts."""
     seen = {}
@@ -50,6 +64,8 @@ def main(recipe, folder):
                 section = section_of(stage)
                 arguments += [f"--{section}.use_cpu=false", f"--{section}.ddp_backend=gloo"]
             importlib.import_module(f"scripts.{stage}").main(arguments)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            seen["interrupted"] = interrupted(recipe, folder)
     (Path(folder) / f"rank{PartialState().process_index}.json").write_text(json.dumps(seen))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "processes_worker.py"
-STEPS = ("fixed_gradient", "every_update", "scripts", "rewards")
+STEPS = ("fixed_gradient", "every_update", "scripts", "rewards", "going_on")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -115,6 +115,21 @@ def test_a_reward_that_fails_in_one_process_names_the_completion_and_skipping_co
     assert line["rewards/skipped"] == pytest.approx(1 / 16)  # one of the second process's eight; none of the first's
 
 
+def test_runs_repeat_and_go_on_bit_for_bit(one, two):
+    """Also where a signal reaches one of two processes only."""
+    for answers in (one[0], *two[0]):
+        found = answers["going_on"]
+        for stage, files in (
+            ("ppo", {"adapter_model.safetensors", "value.safetensors"}),
+            ("dpo", {"adapter_model.safetensors"}),
+        ):
+            assert found[f"{stage} code"] == 75
+            assert found[stage] == []
+            assert files | {"metrics.jsonl", "samples.jsonl"} <= set(found[f"{stage} files"])
+    first, second = (f / "tiny" / "ppo" / "first" / "metrics.jsonl" for f in (one[1], two[1]))
+    assert first.read_bytes() != second.read_bytes()  # two processes draw other samples
+
+
 @pytest.fixture(scope="module")
 def unsharded(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unsharded")
@@ -140,6 +155,10 @@ def test_engines_that_shard_train_what_ddp_trains(tiny, tmp_path, unsharded, con
     worker = ROOT / "tests" / "sharded_worker.py"
     launch(file, "--num_processes", 2, worker, tiny, tmp_path, env={"DS_ACCELERATOR": "cpu"})
     held = json.loads((tmp_path / "rank0.json").read_text())
+    if wrapper != "DeepSpeedEngine":
+        assert held.pop("interrupted") == 75
+        files = [tmp_path / "tiny" / "dpo" / run / "adapter_model.safetensors" for run in ("run", "interrupted")]
+        assert files[0].read_bytes() == files[1].read_bytes()
     assert held.keys() == {"sft", "reward", "dpo"}
     assert all(name.startswith(wrapper) and (parts > 20) == sharded for name, parts in held.values()), held
     for weights in ("sft/run/model/model", "reward/run/adapter/adapter_model", "dpo/run/adapter_model"):
