@@ -1,13 +1,14 @@
 """Text to token ids: tokenizers, and the datasets each stage trains on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import Recipe, RecipeError, nearest
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
 
@@ -19,13 +20,57 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         RecipeError: without a pad token of its own. TRL finds a response's end as the first pad, so pad must differ
             from eos.
     """
-    tokenizer = AutoTokenizer.from_pretrained(recipe.path(recipe.model.path), padding_side="left")
+    trusted = recipe.model.trust_remote_code
+    with loading(f"the tokenizer of `model.path` {recipe.model.path}", switch="model.trust_remote_code"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.path(recipe.model.path), padding_side="left", trust_remote_code=trusted
+        )
+    complete_tokenizer(tokenizer, recipe)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
             f"the tokenizer of `model.path` {recipe.model.path} has the pad token {tokenizer.pad_token!r} and the eos "
-            f"token {tokenizer.eos_token!r}; pad must exist and differ from eos: PPO finds a response's end by its first pad"
+            f"token {tokenizer.eos_token!r}; pad must exist and differ from eos: PPO finds a response's end by its first pad. "
+            f"Name another token of its vocabulary with `model.pad_token`"
         )
     return tokenizer
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Gives a tokenizer the pad token and the chat template of the recipe, where it has them.
+
+    Raises:
+        RecipeError: the vocabulary has no such token. A new one would need a new row of the embedding.
+    """
+    pad, template = recipe.model.pad_token, recipe.model.chat_template
+    if pad is not None:
+        vocabulary = tokenizer.get_vocab()
+        if pad not in vocabulary:
+            raise RecipeError(f"`model.pad_token` {pad!r}: not in the vocabulary of {recipe.model.path}{nearest(pad, vocabulary)}")
+        tokenizer.pad_token = pad
+    if template is not None:
+        tokenizer.chat_template = (recipe.folder / template).read_text(encoding="utf-8")
+
+
+@contextmanager
+def loading(what: str, problem: str = "cannot be loaded", switch: str = "model.trust_remote_code") -> Iterator[None]:
+    """While this lasts, whatever goes wrong is a file that is not what it should be.
+
+    Args:
+        switch: the key that allows a model's own code.
+
+    Raises:
+        RecipeError: `what`, and why.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:  # transformers, PEFT, tokenizers and safetensors have no class of errors in common
+        if "trust_remote_code" in str(error):
+            problem = f"it brings Python code along, which is executed only with `{switch}: true`; read that code first"
+        else:
+            problem = f"{problem}: {type(error).__name__}: {error}"
+        raise RecipeError(f"{what}: {problem}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

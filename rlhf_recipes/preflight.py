@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,20 @@ DPO_LOSSES = (
 )  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
+SFT_LOSSES = ("nll", "dft", "chunked_nll")
+# What TRL and torch find out when the run has begun, or never.
 _COUNTS = {
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
-    "local_rollout_forward_batch_size", "rounds", "kl_horizon", "reference_sync_steps",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_mini_batches",
+    "num_ppo_epochs", "total_episodes", "local_rollout_forward_batch_size", "rounds", "kl_horizon", "reference_sync_steps",
+    "save_total_limit",
+    "max_length", "dataset_num_proc", "pad_to_multiple_of",
 }  # fmt: skip
+_NOT_NEGATIVE = {
+    "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "vf_coef", "cliprange",
+    "cliprange_value", "dataloader_num_workers", "neftune_noise_alpha", "logging_steps", "eval_steps", "save_steps",
+}  # fmt: skip
+_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing"}
+_LEAST_VOCABULARY = 259  # of data.train_tokenizer
 ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -32,27 +41,37 @@ def check(recipe: Recipe, stage: str) -> None:
     _check_engine(recipe, stage)
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
-    if recipe.run.name == "latest":
-        raise RecipeError("`run.name` latest: the link to the newest run has this name; choose another")
+    _check_run_folder(recipe, stage)
     if recipe.evaluate.exact and recipe.objective.beta == 0 and stage == "evaluate":
         raise RecipeError("`evaluate.exact` divides by `objective.beta`, which is 0")
     if stage == "report":  # loads no weights
         return
     section = recipe.stages.get(section_of(stage), {})
+    _check_numbers(section_of(stage), section)
+    if stage == "sft" and section.get("loss_type", "nll") not in SFT_LOSSES:
+        raise RecipeError(
+            f"`sft.loss_type`: {section['loss_type']!r} is none of {', '.join(SFT_LOSSES)}"
+            f"{nearest(section['loss_type'], SFT_LOSSES)}"
+        )
+    if stage == "sft" and section.get("packing") and section.get("max_length", 1024) is None:
+        raise RecipeError("`sft.packing` fills sequences of `sft.max_length` tokens, which is null; give a length")
     if stage == "sft" and section.get("from_scratch"):
         _check_architecture(recipe)
         return
-    _check_folder(recipe, "model.path", recipe.model.path, "config.json")
-    if stage not in ("sft", "reward"):
-        for term in recipe.reward.all_terms():
+    _check_folder(recipe, "model.path", recipe.model.path, "config.json", "*.safetensors")
+    if stage not in ("sft", "reward", "merge"):
+        for i, term in enumerate(recipe.reward.all_terms()):
+            where = "reward" if recipe.reward.terms is None else f"reward.terms[{i}]"
             if term.adapter:
-                _check_folder(recipe, "reward.adapter", term.adapter, "adapter_config.json")
+                _check_folder(recipe, f"{where}.adapter", term.adapter, "adapter_config.json", "adapter_model.safetensors")
             if term.model:
-                _check_folder(recipe, "reward.model", term.model, "config.json")
+                _check_folder(recipe, f"{where}.model", term.model, "config.json", "*.safetensors")
         _check_lengths(recipe)
-    for key in _COUNTS & section.keys():
-        if section[key] is not None and section[key] < 1:
-            raise RecipeError(f"`{section_of(stage)}.{key}`: expected at least 1, got {section[key]}")
+    if stage in ("reward", "dpo") and section.get("eval_strategy", "no") != "no":
+        raise RecipeError(
+            f"`{section_of(stage)}.eval_strategy` {section['eval_strategy']}: {stage} judges held-out data at its end, and "
+            f"has none for TRL while it trains; leave it out"
+        )
     if stage in ("ppo", "a2c"):
         _check_online(recipe, stage, section)
     if stage == "dpo":
@@ -62,15 +81,20 @@ def check(recipe: Recipe, stage: str) -> None:
 
 
 def _check_engine(recipe: Recipe, stage: str) -> None:
-    """FSDP and DeepSpeed, which `accelerate launch` announces in the environment."""
-    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() != "true":
+    """FSDP and DeepSpeed."""
+    for engine in ("FSDP", "DeepSpeed"):
+        if not _launched_with(engine):
             continue
         if stage not in ENGINES_FOR:
             raise RecipeError(
                 f"launched with {engine}, which takes the backbone's weights apart; {stage} samples from adapters on one "
                 f"frozen copy of them that every role shares, and their own optimizer state is too small to be worth "
                 f"sharding. Launch with accelerate_configs/multi_gpu.yaml (DDP); {', '.join(ENGINES_FOR)} can be sharded"
+            )
+        if engine == "DeepSpeed" and recipe.run.resume is not None:
+            raise RecipeError(
+                "--resume: under DeepSpeed no checkpoints are written, since its own are pickled; FSDP 2 has them "
+                "(accelerate_configs/fsdp2.yaml)"
             )
         if engine == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
             raise RecipeError("launched with FSDP 1, which is not supported; launch with accelerate_configs/fsdp2.yaml")
@@ -81,32 +105,135 @@ def _check_engine(recipe: Recipe, stage: str) -> None:
             )
 
 
+def _check_run_folder(recipe: Recipe, stage: str) -> None:
+    """The folder of the run can be made, and only there."""
+    name, output = recipe.run.name, recipe.run.output
+    if name == "latest":
+        raise RecipeError("`run.name` latest: the link to the newest run has this name; choose another")
+    if name and ("/" in name or "\\" in name or name.startswith(".") or not name.isprintable() or len(os.fsencode(name)) > 200):
+        raise RecipeError(
+            f"`run.name` {name}: expected the name of one folder: at most 200 bytes, no slashes, not a leading dot; where it "
+            f"is made says `run.output`"
+        )
+    folder = Path(output).absolute() / recipe.task / stage
+    if name and recipe.run.resume is None and os.path.lexists(folder / name):
+        raise RecipeError(f"{folder / name}: this run exists; choose another `--run.name`, nothing is overwritten")
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a part of the path is a file, may not be entered, or is too long
+        raise RecipeError(f"`run.output` {output}: no folder can be made there ({error.strerror})") from None
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise RecipeError(f"`run.output` {output}: {folder} is no folder; choose another place with --run.output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RecipeError(f"`run.output` {output}: {folder} may not be written to; choose another place with --run.output")
+
+
+def _check_numbers(name: str, section: dict[str, Any]) -> None:
+    """Numbers that no value of TRL's types rules out."""
+    for keys, fits, expected in (
+        (_COUNTS, lambda n: n >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda n: n >= 0, "at least 0"),
+        (_SHARES, lambda n: 0 <= n <= 1, "a number between 0 and 1"),
+        ({"num_train_epochs"}, lambda n: n > 0, "more than 0"),
+    ):
+        for key in sorted(keys & section.keys()):
+            if section[key] is not None and not fits(section[key]):
+                raise RecipeError(f"`{name}.{key}`: expected {expected}, got {section[key]}")
+
+
+def _launched_with(engine: str) -> bool:
+    """`accelerate launch` says so in the environment."""
+    return os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+
+
 def _check_architecture(recipe: Recipe) -> None:
-    missing = {"model_type", "vocab_size"} - set(recipe.model.architecture or {})
+    architecture = recipe.model.architecture or {}
+    missing = {"model_type", "vocab_size"} - set(architecture)
     if missing:
         raise RecipeError(f"`sft.from_scratch` needs `model.architecture` with {', '.join(sorted(missing))}")
+    if not isinstance(architecture["vocab_size"], int) or architecture["vocab_size"] < _LEAST_VOCABULARY:
+        raise RecipeError(
+            f"`model.architecture` has the vocab_size {architecture['vocab_size']!r}: expected a whole number of at least "
+            f"{_LEAST_VOCABULARY}, for every byte and the tokens pad, bos and eos"
+        )
 
 
-def _check_folder(recipe: Recipe, key: str, value: str, file: str) -> None:
-    """A path whose first part is a folder beside the recipe, or that starts with . or /, is meant as a folder."""
+def _check_folder(recipe: Recipe, key: str, value: str, file: str, weights: str | None = None) -> None:
+    """A path whose first part is a folder beside the recipe, or that starts with . or /, is meant as a folder.
+
+    Args:
+        file: what must be in it; of a .json file also its content is looked at.
+        weights: the pattern of its safetensors files, which must be there and whole.
+    """
     resolved = Path(recipe.path(value))
     first = value.split("/")[0]
-    local = (
-        value.startswith((".", "/", "~")) or value.count("/") > 1 or (recipe.folder / first).exists() or Path(first).exists()
-    )
-    if resolved.exists() and not (resolved / file).is_file():
+    local = value.startswith((".", "/", "~")) or value.count("/") > 1 or os.path.exists(recipe.folder / first)
+    if not os.path.exists(resolved):
+        if local or os.path.exists(first):
+            raise RecipeError(f"`{key}` {value}: no such folder, neither beside the recipe ({recipe.folder}) nor here")
+        return  # a Hub id
+    if not resolved.is_dir():
+        raise RecipeError(f"`{key}` {value}: {resolved} is a file, expected a folder with {file}")
+    if not (resolved / file).is_file():
         raise RecipeError(f"`{key}` {value}: the folder {resolved} has no {file}")
-    if not resolved.exists() and local:
-        raise RecipeError(f"`{key}` {value}: no such folder, neither beside the recipe ({recipe.folder}) nor here")
+    if file.endswith(".json"):
+        _read_json(resolved / file, key)
+    if weights is None:
+        return
+    files = sorted(resolved.glob(weights))
+    if not files:
+        raise RecipeError(
+            f"`{key}` {value}: the folder {resolved} has no {weights}; weights are read from safetensors alone, as a pickle "
+            f"(.bin, .pt) can run any code"
+        )
+    for found in files:
+        if _safetensors_header(found) is None:
+            raise RecipeError(f"`{key}` {value}: {found} is cut short, or no safetensors file; copy or make it again")
+
+
+def _read_json(file: Path, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError
+        raise RecipeError(f"`{key}`: {file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"`{key}`: {file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _safetensors_header(file: Path) -> dict[str, dict[str, Any]] | None:
+    """Each tensor's dtype, shape and place; None where the file is not whole, or none of safetensors."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if 8 + length > size:
+            return None
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            whole = all(isinstance(n, int) for entry in header.values() for n in entry["shape"]) and 8 + length + end == size
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return None
+    return header if whole else None
 
 
 def _local_json(recipe: Recipe, name: str) -> dict[str, Any]:
     file = Path(recipe.path(recipe.model.path)) / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _read_json(file, "model.path") if os.path.isfile(file) else {}
+
+
+def _whole_number(config: dict[str, Any], key: str, default: float) -> float:
+    """Of a config.json, where another type than the expected is transformers' to refuse."""
+    return config[key] if isinstance(config.get(key), int) else default
 
 
 def _check_lengths(recipe: Recipe) -> None:
-    room = _local_json(recipe, "config.json").get("max_position_embeddings", math.inf)
+    room = _whole_number(_local_json(recipe, "config.json"), "max_position_embeddings", math.inf)
     prompt, completion = recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens
     if prompt + completion > room:
         raise RecipeError(
@@ -160,6 +287,13 @@ def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
             f"`{stage}.reward_baseline` reads unfinished text, which a reward adapter can; `reward` has none: give "
             f"--{stage}.reward_baseline=false"
         )
+    if section.get("save_strategy") not in (None, "no", "steps"):
+        raise RecipeError(
+            f"`{stage}.save_strategy` {section['save_strategy']}: PPO counts updates, not epochs; use steps or no. The best is "
+            f"kept by `{stage}.metric_for_best_model`"
+        )
+    if section.get("save_steps", 1) < 1 or section.get("save_steps", 1) % 1:
+        raise RecipeError(f"`{stage}.save_steps`: expected a whole number of updates, got {section['save_steps']}")
     if section.get("loop") == "trl":
         _check_trl_loop(recipe, stage, section)
     _check_leash(recipe, stage, section, local)
@@ -225,6 +359,8 @@ def _check_held_out(recipe: Recipe, stage: str, section: dict[str, Any]) -> None
 def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
     """TRL's own loop would accept and ignore what it does not know."""
     reward, (term, *others) = recipe.reward, recipe.reward.all_terms()
+    if recipe.run.resume is not None:
+        raise RecipeError(f"--resume: TRL's own loop (`{stage}.loop` trl) writes no checkpoints")
     if others or not term.adapter or term.weight != 1 or reward.normalize or reward.clip or reward.length_penalty:
         raise RecipeError(
             f"`{stage}.loop` trl: TRL's own loop knows one reward model and `reward.missing_eos_penalty` alone; give one "
@@ -244,23 +380,45 @@ def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None
 
 def _check_pad(recipe: Recipe) -> None:
     config = _local_json(recipe, "tokenizer_config.json")
-    pad, eos = config.get("pad_token"), config.get("eos_token")
+    template = recipe.model.chat_template
+    if template is not None and not (recipe.folder / template).is_file():
+        raise RecipeError(f"`model.chat_template` {template}: no such file beside the recipe ({recipe.folder})")
+    pad, eos = recipe.model.pad_token or config.get("pad_token"), config.get("eos_token")
     if config and (pad is None or pad == eos):
         raise RecipeError(
             f"the tokenizer of `model.path` {recipe.model.path} has the pad token {pad!r} and the eos token {eos!r}; "
-            f"pad must exist and differ from eos: PPO finds a response's end by its first pad"
+            f"pad must exist and differ from eos: PPO finds a response's end by its first pad. Name another token of its "
+            f"vocabulary with `model.pad_token`"
         )
 
 
 def warnings(recipe: Recipe, stage: str) -> list[str]:
-    """What may go wrong, by rough estimates."""
+    """Whose code is executed, and what may go wrong by rough estimates."""
+    found = [f"{key}: code of {path} is executed on this machine" for key, path in _trusted(recipe, stage)]
+    if _launched_with("DeepSpeed"):
+        found.append("under DeepSpeed no checkpoints are written, since its own are pickled; FSDP 2 has them")
     estimate = None if stage == "report" else memory_estimate(recipe, stage)
     needed, free = sum((estimate or {}).values()), psutil.virtual_memory().available
-    if needed <= free:
+    if needed > free:
+        found.append(
+            f"{stage} needs about {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB free; if no GPU "
+            f"holds it, lower the batch size, `data.max_completion_tokens` or `lora.r`, or use `model.dtype` bfloat16"
+        )
+    return found
+
+
+def _trusted(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
+    """Every model that the stage loads with its own code: (the key that allows it, the model)."""
+    if stage == "report" or (stage == "sft" and recipe.stages["sft"].get("from_scratch")):
         return []
+    own = [recipe.model.path]
+    if stage == "evaluate":  # full models are loaded as the backbone is
+        paths = [word.rpartition("=")[2] for word in recipe.evaluate.policies or ()]
+        own += [path for path in paths if (Path(recipe.path(path)) / "config.json").is_file()]
+    rewards = recipe.reward.all_terms() if stage not in ("sft", "reward", "merge") else []
     return [
-        f"{stage} needs about {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB free; if no GPU "
-        f"holds it, lower the batch size, `data.max_completion_tokens` or `lora.r`, or use `model.dtype` bfloat16"
+        *(("model.trust_remote_code", path) for path in own if recipe.model.trust_remote_code),
+        *(("reward.trust_remote_code", term.model) for term in rewards if term.model and term.trust_remote_code),
     ]
 
 
@@ -269,7 +427,8 @@ def _check_disk(recipe: Recipe, stage: str) -> None:
     _, shapes = _backbone(recipe)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     from_scratch = stage == "sft" and recipe.stages["sft"].get("from_scratch")
-    needed = 16 * parameters if from_scratch else _BYTES[recipe.model.save_dtype] * parameters if stage == "sft" else 0
+    writes_model = stage in ("sft", "merge")
+    needed = 16 * parameters if from_scratch else _BYTES[recipe.model.save_dtype] * parameters if writes_model else 0
     needed += 3 * 12 * _lora_parameters(recipe, shapes)
     folder = Path(recipe.run.output).resolve()
     while not folder.exists():
@@ -302,6 +461,9 @@ def describe(recipe: Recipe, stage: str) -> str:
         lines += [f"  {part:<34}{size / 2**20:>10,.0f} MiB" for part, size in estimate.items()]
         lines.append(f"  {'sum':<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
         lines.append(f"  {'free memory of this machine':<34}{psutil.virtual_memory().available / 2**20:>10,.0f} MiB")
+    if stage == "merge" and recipe.merge.push:
+        kind = "private" if recipe.merge.private else "public"
+        lines.append(f"# would upload model, tokenizer, generation config and card to {recipe.merge.push}, {kind} if it is new")
     return "\n".join(lines)
 
 
@@ -325,8 +487,8 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
         tokens = predicted = section.get("max_length") or 1024
     else:
         tokens, predicted = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens, recipe.data.max_completion_tokens
-    layers, hidden = config.get("num_hidden_layers", 12), config.get("hidden_size", 768)
-    vocabulary = 1 if stage == "reward" else config.get("vocab_size", 32000)
+    layers, hidden = _whole_number(config, "num_hidden_layers", 12), _whole_number(config, "hidden_size", 768)
+    vocabulary = 1 if stage == "reward" else _whole_number(config, "vocab_size", 32000)
     logits = batch * predicted if stage in ("sft", "dpo") else max(batch, _CHUNK_TOKENS)  # others keep one step's or chunk's
     return {
         "imports (torch, transformers, trl)": 700 * 2**20,
@@ -338,11 +500,12 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
 
 
 def _backbone(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The config and the shapes of all weights; ({}, {}) where they are not on this machine."""
+    """The config and the shapes of all weights; ({}, {}) where they are not on this machine, or broken: `check` says so."""
     folder = Path(recipe.path(recipe.model.path))
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return _local_json(recipe, "config.json"), shapes
+    for file in sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else ():
+        shapes |= {name: entry["shape"] for name, entry in (_safetensors_header(file) or {}).items()}
+    try:
+        return _local_json(recipe, "config.json"), shapes
+    except RecipeError:
+        return {}, {}

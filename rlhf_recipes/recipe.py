@@ -6,7 +6,6 @@ Nothing heavy is imported here: a wrong key is answered in well under a second.
 import dataclasses
 import difflib
 import functools
-import math
 import os.path
 import re
 import reprlib
@@ -63,6 +62,10 @@ class ModelSection:
     attention: str | None = _key(
         "transformers' `attn_implementation`: sdpa, eager (faster for short texts on a CPU), flash_attention_2, ...", None
     )
+    pad_token: str | None = _key(
+        "a token of the vocabulary to pad with, where the tokenizer has none, or its eos, as Pythia's and Llama's have", None
+    )
+    chat_template: str | None = _key("a Jinja file relative to the recipe, in place of the tokenizer's own template", None)
     save_dtype: Literal["float32", "bfloat16", "float16"] = _key("in which scripts/sft.py writes a backbone", "float32")
     architecture: dict[str, Any] | None = _key(
         "a transformers config (`model_type`, `vocab_size`, ...) for `sft.from_scratch`", None
@@ -249,6 +252,15 @@ class ReportSection:
     evaluation: str | None = _key("a run's folder of scripts/evaluate.py; default: the latest of the task", None)
 
 
+@dataclass(frozen=True)
+class MergeSection:
+    """The model of its own that scripts/merge.py makes."""
+
+    adapter: str | None = _key("a run of a policy stage, or any folder of an adapter; default: the latest PPO run", None)
+    push: str | None = _key("upload it to this repository of the Hub, ORG/NAME; needs HF_TOKEN or `hf auth login`", None)
+    private: bool = _key("a repository that `push` creates is private", True)
+
+
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "lora": LoraSection,
@@ -261,6 +273,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSection,
     "watch": WatchSection,
     "report": ReportSection,
+    "merge": MergeSection,
 }
 STAGES = tuple(CONFIG_SOURCES)
 
@@ -297,6 +310,10 @@ _CHECKPOINTS = {
     "restore_callback_states_from_checkpoint": "--resume restores them",
     "auto_find_batch_size": "a run whose batch size may change cannot be repeated or resumed",
 }
+_ENGINES = dict.fromkeys(
+    ("deepspeed", "fsdp", "fsdp_config", "ddp_backend"),
+    "the launch file chooses it, as accelerate_configs/fsdp2.yaml and zero3.yaml do",
+)
 _NOT_READ = "PPO's loop does not read it"
 PPO_READS = frozenset((
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
@@ -325,6 +342,7 @@ _NO_SECRETS = (
     "give it in the environment variable HF_TOKEN (for wandb: WANDB_API_KEY)"
 )
 REFUSED = {
+    "sft": {"dataset_text_field": "`load_demonstrations` gives the column `text`"},
     "ppo": _PPO_REFUSED,
     "a2c": _PPO_REFUSED
     | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value", "target_kl"), _SINGLE_STEP),
@@ -348,6 +366,7 @@ class Recipe:
     evaluate: EvaluateSection
     watch: WatchSection
     report: ReportSection
+    merge: MergeSection
     stages: dict[str, dict[str, Any]]
 
     @property
@@ -430,8 +449,7 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 
 @functools.cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True, allow_inf_nan=False)
-    return TypeAdapter(hint, config=config)
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True))
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -440,13 +458,15 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, bool) and not _accepts_bool(hint):
         raise RecipeError(f"{where}: expected {_type_name(hint)}, got {value!r}")
     try:
-        return _adapter(hint).validate_python(value)
+        typed = _adapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise RecipeError(f"{where}: expected {_type_name(hint)}, got {shortened(value)} ({reason})") from None
+    _check_plain(typed, where)  # "nan" as text has become a number
+    return typed
 
 
-_MOST_VALUES, _DEEPEST = 10_000, 32
+_MOST_VALUES, _DEEPEST, _LARGEST = 10_000, 32, 3.4e38
 _SHORTENER = reprlib.Repr()
 _SHORTENER.maxstring = _SHORTENER.maxother = 80
 
@@ -469,8 +489,8 @@ def _check_plain(value: Any, where: str) -> None:
             if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", item):
                 raise RecipeError(f"{where}: the character {odd[0]!a} cannot be part of it")
         elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise RecipeError(f"{where}: expected a finite number, got {item}")
+            if not abs(item) <= _LARGEST:
+                raise RecipeError(f"{where}: expected a finite number that float32 holds, got {item}")
         elif isinstance(item, int):
             if abs(item) >= 2**63:
                 raise RecipeError(f"{where}: expected a number of at most 64 bits, got one of {item.bit_length()}")
@@ -544,7 +564,7 @@ def refused_keys(stage: str) -> dict[str, str]:
     """TRL's fields that the stage would accept and ignore, or that are secrets, with the reason."""
     secrets = dict.fromkeys(filter(_SECRET.search, stage_fields(stage)), _NO_SECRETS)
     unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
-    return unread | secrets | _CHECKPOINTS | REFUSED.get(stage, {})
+    return unread | secrets | _CHECKPOINTS | _ENGINES | REFUSED.get(stage, {})
 
 
 def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, the task
 SUMMARY = "summary.json"
 RESUMABLE = ("sft", "reward", "preferences", "ppo", "a2c", "dpo")
 # What may change while a run is interrupted: it has no say in the weights.
-_FREE_SECTIONS = ("evaluate", "watch", "report", "run")
+_FREE_SECTIONS = ("evaluate", "watch", "report", "merge", "run")
 _FREE_KEYS = (
     "logging_steps", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "eval_on_start",
     "metric_for_best_model", "load_best_model_at_end", "dataloader_num_workers",

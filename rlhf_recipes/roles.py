@@ -5,11 +5,13 @@ adapter, the reference nothing (the policy with its adapters off), the value a h
 and head, the reward a LoRA adapter and score head. Sharing frozen tensors is safe: no optimizer touches them.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from accelerate import PartialState, init_empty_weights
@@ -25,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_recipes.data import loading
 from rlhf_recipes.lora import use_lean_lora
-from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm
+from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm, nearest
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, ModelReward, Rewards, Term
 from rlhf_recipes.tasks import load_task, task_function
 
@@ -124,17 +127,30 @@ class Roles:
     reward: Rewards
 
 
+@contextmanager
+def safetensors_only() -> Iterator[None]:
+    """While this lasts, weights are not unpickled, which can execute anything: without safetensors PEFT takes
+    adapter_model.bin, and transformers, whatever `use_safetensors` says, where a config's `transformers_weights` names it.
+
+    Raises:
+        RecipeError: instead.
+    """
+
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RecipeError(f"{file}: a pickle, which can execute anything and is not loaded; give the weights as safetensors")
+
+    with mock.patch.object(torch, "load", refuse):
+        yield
+
+
 def load_backbone(recipe: Recipe) -> PreTrainedModel:
     """The frozen causal LM of `model.path`.
 
     Raises:
-        RecipeError: it is neither a folder nor to be had from the Hub.
+        RecipeError: it is neither a folder nor to be had from the Hub, not in safetensors, or brings code that is not trusted.
     """
-    path = recipe.path(recipe.model.path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **_loading(recipe))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"`model.path` {recipe.model.path}: cannot be loaded: {error}") from error
+    with loading(f"`model.path` {recipe.model.path}"), safetensors_only():
+        model = AutoModelForCausalLM.from_pretrained(recipe.path(recipe.model.path), **_loading(recipe))
     model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
     # moved before anything shares its weights: a later move to the same device changes nothing, another would copy them
     model = model.requires_grad_(False).eval().to(PartialState().device)
@@ -145,15 +161,25 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
 def _loading(recipe: Recipe) -> dict[str, Any]:
     """How `from_pretrained` loads a model of the recipe."""
     dtype, attention = getattr(torch, recipe.model.dtype), recipe.model.attention
-    return {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
+    trusted = recipe.model.trust_remote_code  # never None: transformers would ask on standard input
+    return {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": trusted}
+
+
+def _does_not_fit(recipe: Recipe) -> str:
+    return f"cannot be loaded, or does not fit {recipe.model.path}"
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, recipe: Recipe) -> None:
     """Log-probabilities are computed as softmax(head(trunk)): refused where the model does more, as Gemma's soft cap does."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    hidden = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state
-    if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, atol=1e-3, rtol=1e-2):
+    hidden, logits = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+    if not logits.isfinite().all():
+        raise RecipeError(
+            f"`model.path` {recipe.model.path}: its logits are not finite: the weights are damaged, or `model.dtype` "
+            f"{recipe.model.dtype} overflows"
+        )
+    if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-3, rtol=1e-2):
         raise RecipeError(
             f"`model.path` {recipe.model.path}: {type(model).__name__} changes its logits after the output embedding "
             f"(final_logit_softcapping, logit_scale or the like), which the policy stages do not follow; use another backbone"
@@ -164,7 +190,12 @@ def build_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     """A new, untrained causal LM of `model.architecture`, for `sft.from_scratch`."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     torch.manual_seed(recipe.run.seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**(recipe.model.architecture or {}), **special))
+    with loading("`model.architecture`", "no such model can be built"):
+        config = AutoConfig.for_model(**(recipe.model.architecture or {}), **special)
+        known = type(config)().to_dict()
+        for key in (recipe.model.architecture or {}).keys() & config.to_dict().keys() - known.keys():
+            raise RecipeError(f"`model.architecture.{key}`: {type(config).__name__} would not read it{nearest(key, known)}")
+        return AutoModelForCausalLM.from_config(config)
 
 
 def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraConfig:
@@ -184,12 +215,23 @@ def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraC
     )
 
 
-def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected)."""
+def with_new_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str, training: bool = False) -> PeftModel:
+    """`model` with an adapter that changes nothing yet; see `lora_config`."""
+    with loading(f"`lora` with target_modules {recipe.lora.target_modules}", f"does not fit {recipe.model.path}"):
+        return get_peft_model(model, lora_config(recipe, task_type, training))
+
+
+def build_classifier(backbone: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected).
+
+    Args:
+        trust_remote_code: as the backbone was loaded.
+    """
     config = type(backbone.config)(**{**backbone.config.to_dict(), "num_labels": 1})
+    attention = backbone.config._attn_implementation
     with init_empty_weights(include_buffers=False):
         classifier = AutoModelForSequenceClassification.from_config(
-            config, dtype=backbone.dtype, attn_implementation=backbone.config._attn_implementation
+            config, dtype=backbone.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     trunk = getattr(backbone, backbone.base_model_prefix)
     getattr(classifier, classifier.base_model_prefix).load_state_dict(trunk.state_dict(), assign=True)
@@ -201,8 +243,8 @@ def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
 def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
     """What a supervised stage trains: the backbone ("CAUSAL_LM") or a classifier over it ("SEQ_CLS") with a new adapter."""
     backbone = load_backbone(recipe)
-    model = build_classifier(backbone) if task_type == "SEQ_CLS" else backbone
-    return get_peft_model(model, lora_config(recipe, task_type, training=True))
+    model = build_classifier(backbone, recipe.model.trust_remote_code) if task_type == "SEQ_CLS" else backbone
+    return with_new_adapter(model, recipe, task_type, training=True)
 
 
 def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rewards:
@@ -223,10 +265,9 @@ def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTraine
 def load_adapter_reward(
     recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> AdapterReward:
-    try:
-        model = PeftModel.from_pretrained(build_classifier(backbone), recipe.path(str(spec.adapter)))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"the reward's `adapter` {spec.adapter}: does not fit {recipe.model.path}: {error}") from error
+    with loading(f"the reward's `adapter` {spec.adapter}", _does_not_fit(recipe)), safetensors_only():
+        classifier = build_classifier(backbone, recipe.model.trust_remote_code)
+        model = PeftModel.from_pretrained(classifier, recipe.path(str(spec.adapter)))
     use_lean_lora(model)
     eos = None if spec.read_eos else tokenizer.eos_token_id
     return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
@@ -239,12 +280,13 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
         RecipeError: it cannot be loaded, or it has several labels and `label` names none of them.
     """
     where, path = f"the reward's `model` {spec.model}", recipe.path(str(spec.model))
-    try:
-        dtype = getattr(torch, recipe.model.dtype)
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="right")  # right suits any model
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{where}: cannot be loaded: {error}") from error
+    dtype, trusted = getattr(torch, recipe.model.dtype), spec.trust_remote_code
+    with loading(where, switch="reward.trust_remote_code"), safetensors_only():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trusted
+        )
+        sides = {"truncation_side": "left", "padding_side": "right"}  # right suits any model
+        tokenizer = AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=trusted)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -264,7 +306,7 @@ def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHe
     """The value function of `ppo.value`: "trunk" or "adapter" (call before the policy's adapters are injected)."""
     if kind == "trunk":
         return ValueHead(backbone.config.hidden_size)
-    model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS"))
+    model = with_new_adapter(build_classifier(backbone, recipe.model.trust_remote_code), recipe, "SEQ_CLS")
     use_lean_lora(model)
     trunk = model.get_base_model()
     return ValueAdapter(getattr(trunk, trunk.base_model_prefix), backbone.config.hidden_size)
@@ -283,11 +325,32 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
     value_role = build_value(recipe, backbone, value)
     if policy is None:
         torch.manual_seed(recipe.run.seed)
-        policy_role = get_peft_model(backbone, lora_config(recipe, "CAUSAL_LM"))
+        policy_role = with_new_adapter(backbone, recipe, "CAUSAL_LM")
     else:
-        policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)
+        with loading(str(policy), _does_not_fit(recipe)), safetensors_only():
+            policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)
     use_lean_lora(policy_role)
     return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward)
+
+
+def load_adapter_policy(recipe: Recipe, folder: Path) -> PeftModel:
+    """The backbone with the adapter of `folder`.
+
+    Raises:
+        RecipeError: it does not fit the backbone.
+    """
+    _check_policy(folder)
+    backbone = load_backbone(recipe)
+    with loading(str(folder), _does_not_fit(recipe)), safetensors_only():
+        return PeftModel.from_pretrained(backbone, folder).eval()
+
+
+def _check_policy(folder: Path) -> None:
+    """PEFT would load a reward's adapter into a policy without a word."""
+    with loading(str(folder)):
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    if kind == "SEQ_CLS":
+        raise RecipeError(f"{folder}: an adapter of a reward model, not of a policy")
 
 
 @contextmanager
@@ -301,10 +364,9 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
     if folder is None:
         yield roles.reference
     elif (folder / "adapter_config.json").is_file():
-        try:
+        _check_policy(folder)
+        with loading(str(folder), _does_not_fit(recipe)), safetensors_only():
             roles.policy.load_adapter(str(folder), adapter_name="judged")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RecipeError(f"{folder}: does not fit {recipe.model.path}: {error}") from error
         before = roles.policy.active_adapter
         roles.policy.set_adapter("judged")
         try:
@@ -313,7 +375,8 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
             roles.policy.set_adapter(before)
             roles.policy.delete_adapter("judged")
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **_loading(recipe))
+        with loading(str(folder)), safetensors_only():
+            model = AutoModelForCausalLM.from_pretrained(folder, **_loading(recipe))
         theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
         if theirs != ours:
             raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")

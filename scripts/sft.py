@@ -18,7 +18,7 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, sft_fields, stage_config
-    from rlhf_recipes.data import load_tokenizer, tokenize_demonstrations, train_tokenizer
+    from rlhf_recipes.data import complete_tokenizer, load_tokenizer, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.resumable import SFTTrainer
@@ -32,6 +32,7 @@ def main(recipe: Recipe) -> dict:
     from_scratch = recipe.stages["sft"].get("from_scratch", False)
     if from_scratch:
         tokenizer = train_tokenizer(train["text"], recipe.model.architecture["vocab_size"])
+        complete_tokenizer(tokenizer, recipe)
         build = partial(build_backbone, recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(recipe)

@@ -462,7 +462,7 @@ def test_every_field_of_the_recipe_is_free_or_belongs_to_the_run(tiny):
 
     recipe = load_recipe(tiny)
     free = {f.name for f in dataclasses.fields(recipe) if f.name not in ("folder", "stages") and _is_free(f"{f.name}.x", "ppo")}
-    assert free == {"run", "evaluate", "watch", "report"}
+    assert free == {"run", "evaluate", "watch", "report", "merge"}
     assert not _is_free("run.seed", "ppo")
     assert _is_free("sft.learning_rate", "ppo")
     assert not _is_free("ppo.learning_rate", "ppo")
