@@ -135,8 +135,8 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
         f"`{recipe.task}` of RLHF Recipes, then merged: no adapter is needed. Seed {seed}, commit {commit()}, {versions}.", "",
         "## Evaluation", "", *table, "",
         "## Merging", "",
-        f"Saved in {recipe.model.save_dtype}. Next-token log-probabilities differ from those of backbone and adapter by at most "
-        f"{checked['difference']:.2g} nats (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g}.", "",
+        f"Saved in {recipe.model.save_dtype}. Log-probabilities of the next token are within {checked['difference']:.2g} nats "
+        f"of those of backbone and adapter (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g} nats.", "",
         "## Recipe", "", "```yaml", source.strip(), "```", "",
     ])  # fmt: skip
 

@@ -1,0 +1,39 @@
+"""Checks a recipe's task.py before anything is trained.
+
+    python -m rlhf_recipes check recipes/mytask [--section.key value ...]
+
+Runs every function of task.py, shows ten rows as the stages will see them, and says what is wrong. Exit code 2 if anything is.
+"""
+
+import sys
+
+from rlhf_recipes.command_line import parse_command_line
+from rlhf_recipes.recipe import RecipeError, load_recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] != "check" or len(words) < 2 or {"--help", "-h"} & set(words):
+        print(__doc__.strip())
+        return 0 if {"--help", "-h"} & set(words) else 2
+    try:
+        recipe = load_recipe(words[1], parse_command_line(words[2:]).overrides)
+        from rich.console import Console  # what follows takes seconds to import
+
+        from rlhf_recipes.check import check_task
+        from rlhf_recipes.runtime import configure
+
+        configure(recipe.run.seed)
+        problems = check_task(recipe, Console())
+    except RecipeError as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    print("\neverything is in order; next: accelerate launch scripts/ppo.py --recipe", words[1], "--dry-run")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
