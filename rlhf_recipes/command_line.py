@@ -27,7 +27,7 @@ from rlhf_recipes.recipe import (
     refused_keys,
     section_of,
 )
-from rlhf_recipes.resume import resumed_recipe
+from rlhf_recipes.resume import RESUMABLE, resumed_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
 
@@ -138,7 +138,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                 _say(f"error: the disk is full: {error.filename or error}; make room, then go on with --resume")
                 raise SystemExit(StoppedError.exit_code) from None
             except interrupts.Interrupted as interruption:
-                _say(f"{stage}: {interruption}")
+                _say(f"{stage}: {interruption}{'; --resume goes on' if stage in RESUMABLE else ''}")
                 raise SystemExit(interrupts.EXIT_CODE) from None
 
         return main

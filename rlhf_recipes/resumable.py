@@ -70,8 +70,8 @@ class Resumable(Trainer):
             result = self._train(checkpoint)
         if self.run is not None:
             self.run.last_step = self._before + self.state.global_step
-        if self.interrupted:
-            raise interrupts.Interrupted(f"saved at step {self.state.global_step + self._before}; --resume goes on from there")
+            if self.interrupted:
+                raise interrupts.Interrupted(f"ended after step {self.run.last_step}, as asked; {self.run.last_checkpoint()}")
         return result
 
     def _train(self, checkpoint: Path | None) -> Any:

@@ -113,7 +113,8 @@ def test_every_stage_goes_on_bit_for_bit(stage, how, tiny, output, whole, monkey
     newest = checkpoints_of(folder)[0]
     if how is terminated:
         assert stop.value.code == interrupts.EXIT_CODE == 75
-        assert f"saved at step {step}" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"ended after step {step}, as asked; the last good checkpoint is {newest}; --resume goes on" in said
         assert newest.name == f"checkpoint-{step}"
     else:
         assert newest.name != f"checkpoint-{step}"
