@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup ppo test lint format clean
+.PHONY: setup ppo test lint format audit clean
 
 setup: .venv/.installed
 
@@ -26,6 +26,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# known vulnerabilities of exactly what .venv holds; asks PyPI, so it is no part of CI. Without --strict, what could not be
+# looked up counts as clean.
+audit: setup
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --disable-pip-version-check -q pip-audit==2.10.0
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > .venv/audit/requirements.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r .venv/audit/requirements.txt
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -100,7 +100,7 @@ def build_wide(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_RECIPE / "checkpoints" / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_RECIPE / "checkpoints" / "backbone", trust_remote_code=False)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**WIDE, **special)).save_pretrained(folder)

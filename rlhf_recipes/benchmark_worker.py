@@ -38,6 +38,7 @@ from rlhf_recipes.runtime import configure
 from rlhf_recipes.tasks import load_dataset, load_task
 
 LORA_RANK = 16
+LOADING = {"use_safetensors": True, "trust_remote_code": False}
 
 
 class Stopwatch:
@@ -174,8 +175,10 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe)
     path, dtype = recipe.path(work.model), getattr(torch, work.dtype)
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    value, reward = (AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype) for _ in range(2))
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **LOADING)
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, **LOADING) for _ in range(2)
+    )
     prompts = _prompts(work, recipe, tokenizer).select_columns(["input_ids"])
     watch = Stopwatch()
     clock = Clock(watch)
@@ -207,7 +210,7 @@ def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 def _floor(work: Work, recipe: Recipe) -> float:
     """Seconds that an update's matrix products alone would take at this machine's best measured rate in this dtype."""
-    config = AutoConfig.from_pretrained(recipe.path(work.model))
+    config = AutoConfig.from_pretrained(recipe.path(work.model), trust_remote_code=False)
     lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe))["input_ids"]]
     batches = [lengths[at : at + work.batch] for at in range(0, len(lengths), work.batch)]
     context = statistics.mean(max(batch) for batch in batches)
@@ -276,7 +279,7 @@ def _our_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 def _stock_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe)
-    model = AutoModelForCausalLM.from_pretrained(recipe.path(work.model), dtype=getattr(torch, work.dtype))
+    model = AutoModelForCausalLM.from_pretrained(recipe.path(work.model), dtype=getattr(torch, work.dtype), **LOADING)
     args = trl.DPOConfig(**_dpo_values(work, recipe, folder), max_length=recipe.data.max_prompt_tokens + work.response)
     pairs = _pairs(work, recipe)
     return _timed_dpo(

@@ -51,7 +51,7 @@ def sample_pairs(
     for number, start in enumerate(starts):
         rows = prompts.select(range(start, min(start + per_slice, len(prompts))))
         if number >= len(done):
-            slice_seed = seed * 100_003 + number
+            slice_seed = (seed * 100_003 + number) % 2**40  # `complete` has a million batches' seeds for each
             judged = complete(policy, roles, rows, recipe, samples=2 * section.pairs_per_prompt, seed=slice_seed,
                               batch_size=section.batch_size, measure_kl=False)  # fmt: skip
             pairs, dropped = label_pairs(rows, judged, section.label, slice_seed)
@@ -143,17 +143,30 @@ def load_pairs(file: Path) -> Dataset:
         RecipeError: the file is not what `sample_pairs` writes.
     """
     columns: dict[str, list] = {name: [] for name in _COLUMNS}
+    where = str(file)
     try:
         with file.open(encoding="utf-8") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{file}, line {number}"
                 row = json.loads(line)
                 for name in _COLUMNS:
-                    columns[name].append(row[name])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecipeError(f"{file}: not pairs of scripts/preferences.py ({error!r})") from error
+                    columns[name].append(_checked(name, row[name]))
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{where}: not pairs of scripts/preferences.py ({error!r})") from error
     if not columns["prompt_ids"]:
-        raise RecipeError(f"{file}: no pairs")
+        raise RecipeError(f"{file}: no pairs; make them with scripts/preferences.py")
     return Dataset.from_dict(columns)
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "label_smoothing":
+        if type(value) not in (int, float) or not 0 <= value <= 0.5:
+            raise ValueError(f"{name} is {value!r}, expected a probability of at most 0.5")
+    elif not isinstance(value, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in value):
+        raise ValueError(f"{name} is no list of token ids")  # of a completion an empty one: its first token was the pad
+    return value
 
 
 def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:

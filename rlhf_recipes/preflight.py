@@ -1,5 +1,6 @@
 """Checks before a run, from small files alone: no weights are loaded and nothing is written."""
 
+import importlib.util
 import json
 import math
 import os
@@ -34,11 +35,15 @@ _SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing"}
 _LEAST_VOCABULARY = 259  # of data.train_tokenizer
 ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES_OF_4BIT = (
+    4 + 0.127
+) / 8  # with the blocks' scales, doubly quantised: Dettmers et al. 2023 (arXiv 2305.14314), section 3
 
 
 def check(recipe: Recipe, stage: str) -> None:
     """Raises RecipeError for the first thing that would stop `stage` later, and says what to change."""
     _check_engine(recipe, stage)
+    _check_quantization(recipe, stage)
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     _check_run_folder(recipe, stage)
@@ -103,6 +108,32 @@ def _check_engine(recipe: Recipe, stage: str) -> None:
                 f"`dpo.rounds` above 1 samples from the policy between trainings, which {engine} has then taken apart; give "
                 f"--dpo.rounds=1, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
             )
+
+
+def _check_quantization(recipe: Recipe, stage: str) -> None:
+    """4-bit layers, and what cannot be done with them."""
+    quantization, dtype = recipe.model.quantization, recipe.model.dtype
+    if quantization is None or stage == "report":
+        return
+    where = f"`model.quantization` {quantization}"
+    if stage in ("sft", "merge"):
+        raise RecipeError(
+            f"{where}: {stage} merges an adapter into the backbone's weights, which 4 bits would round; give "
+            f"--model.quantization=null"
+        )
+    if dtype != "bfloat16":
+        raise RecipeError(f"{where} computes in bfloat16, and `model.dtype` is {dtype}; give --model.dtype=bfloat16")
+    if _launched_with("FSDP") or _launched_with("DeepSpeed"):
+        raise RecipeError(
+            f"{where}: 4-bit weights are not taken apart by FSDP or DeepSpeed here; launch with "
+            f"accelerate_configs/multi_gpu.yaml (DDP)"
+        )
+    if not _installed("bitsandbytes"):
+        raise RecipeError(f"{where} needs the package bitsandbytes: pip install bitsandbytes")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _check_run_folder(recipe: Recipe, stage: str) -> None:
@@ -442,8 +473,12 @@ def _check_disk(recipe: Recipe, stage: str) -> None:
 
 
 def _lora_parameters(recipe: Recipe, shapes: dict[str, list[int]]) -> int:
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
-    return recipe.lora.r * sum(sum(shape) for shape in matrices)
+    return recipe.lora.r * sum(map(sum, _matrices(shapes)))
+
+
+def _matrices(shapes: dict[str, list[int]]) -> list[list[int]]:
+    """Of the linear layers that get adapters; 4 bits are for these too."""
+    return [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
 
 
 # --- what --dry-run prints ---------------------------------------------------------------------------------------
@@ -471,41 +506,65 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
     """Bytes by part; None where the backbone is not on this machine.
 
     Weights are exact (from the safetensors header). A trained parameter costs 16 bytes: weight, gradient and AdamW's two
-    moments in float32. Activations are about 16 hidden vectors a layer and token, logits three float32 copies a token.
+    moments in float32. Activations are about 16 hidden vectors a layer and token; with gradient checkpointing one a layer and
+    16 of the layer at work, without training those alone. Logits are three float32 copies a token. Pairs count twice.
     """
     config, shapes = _backbone(recipe)
     if not shapes:
         return None
     weight_bytes = _BYTES[recipe.model.dtype]
     parameters = sum(math.prod(shape) for shape in shapes.values())
+    backbone: float = parameters * weight_bytes
+    if recipe.model.quantization is not None:
+        backbone -= (weight_bytes - _BYTES_OF_4BIT) * sum(map(math.prod, _matrices(shapes)))
     lora = _lora_parameters(recipe, shapes)
     section = recipe.stages.get(section_of(stage), {})
     trains = section_of(stage) in recipe.stages
-    batch = section.get("per_device_train_batch_size", 8) if trains else recipe.evaluate.batch_size
     from_scratch = stage == "sft" and section.get("from_scratch")
+    batch = section.get("per_device_train_batch_size", 8) if trains else recipe.evaluate.batch_size
+    rows = 2 * batch if stage in ("reward", "dpo") else batch
+    tokens = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
     if stage in ("sft", "reward"):
-        tokens = predicted = section.get("max_length") or 1024
-    else:
-        tokens, predicted = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens, recipe.data.max_completion_tokens
+        tokens = section.get("max_length") or 1024
     layers, hidden = _whole_number(config, "num_hidden_layers", 12), _whole_number(config, "hidden_size", 768)
-    vocabulary = 1 if stage == "reward" else _whole_number(config, "vocab_size", 32000)
-    logits = batch * predicted if stage in ("sft", "dpo") else max(batch, _CHUNK_TOKENS)  # others keep one step's or chunk's
-    return {
+    recomputed = stage in ("sft", "reward", "dpo") and section.get("gradient_checkpointing", True)
+    vectors = (16 + layers if recomputed else 16 * layers) if trains else 16
+    whole = stage == "dpo" or (stage == "sft" and section.get("loss_type") in ("nll", "dft"))  # others: one step's or chunk's
+    logits = rows * tokens if whole else max(batch, _CHUNK_TOKENS)
+    estimate = {
         "imports (torch, transformers, trl)": 700 * 2**20,
-        "backbone, once for all roles": parameters * (16 if from_scratch else weight_bytes),
+        "backbone, once for all roles": 16 * parameters if from_scratch else backbone,
         "trained adapters with optimizer": 0 if from_scratch else (16 if trains else 4) * lora,
-        "activations": 16 * weight_bytes * batch * tokens * layers * hidden,
-        "logits": 3 * 4 * logits * vocabulary,
+        "activations": weight_bytes * rows * tokens * hidden * vectors,
+        "logits": 3 * 4 * logits * (1 if stage == "reward" else _whole_number(config, "vocab_size", 32000)),
     }
+    if stage not in ("sft", "reward", "merge"):
+        foreign = [term.model for term in recipe.reward.all_terms() if term.model]
+        if foreign:
+            weights = sum(math.prod(shape) for path in foreign for shape in _shapes(recipe, path).values())
+            estimate["reward models of their own"] = weight_bytes * weights
+        at_once = recipe.preferences.batch_size if stage in ("preferences", "dpo") else recipe.evaluate.batch_size
+        if stage in ("ppo", "a2c"):
+            at_once = section.get("local_rollout_forward_batch_size", 64)
+        heads = _whole_number(config, "num_attention_heads", 12)
+        width = _whole_number(config, "head_dim", hidden // max(1, heads)) * _whole_number(config, "num_key_value_heads", heads)
+        estimate["keys and values while sampling"] = 2 * weight_bytes * at_once * tokens * layers * width
+    return estimate
 
 
 def _backbone(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """The config and the shapes of all weights; ({}, {}) where they are not on this machine, or broken: `check` says so."""
-    folder = Path(recipe.path(recipe.model.path))
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else ():
-        shapes |= {name: entry["shape"] for name, entry in (_safetensors_header(file) or {}).items()}
+    shapes = _shapes(recipe, recipe.model.path)
     try:
         return _local_json(recipe, "config.json"), shapes
     except RecipeError:
         return {}, {}
+
+
+def _shapes(recipe: Recipe, path: str) -> dict[str, list[int]]:
+    """Of all weights of a model on this machine, by name."""
+    folder = Path(recipe.path(path))
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else ():
+        shapes |= {name: entry["shape"] for name, entry in (_safetensors_header(file) or {}).items()}
+    return shapes

@@ -17,7 +17,7 @@ from rlhf_recipes.resume import RESOLVED, SUMMARY
 from rlhf_recipes.roles import load_adapter_policy
 from rlhf_recipes.runs import Run
 from rlhf_recipes.sampling import model_inputs
-from rlhf_recipes.tables import markdown_table
+from rlhf_recipes.tables import fenced, markdown_table, markdown_text
 
 MODEL = "model"  # the folder of the merged model in the run's
 # The largest difference between log-probabilities before and after, in nats, by the dtype in which the model is saved: rounding
@@ -70,7 +70,10 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
         eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     run.save_backbone(merged, tokenizer)
-    saved = AutoModelForCausalLM.from_pretrained(run.folder / MODEL, dtype=getattr(torch, recipe.model.save_dtype))
+    dtype, trusted = getattr(torch, recipe.model.save_dtype), recipe.model.trust_remote_code
+    saved = AutoModelForCausalLM.from_pretrained(
+        run.folder / MODEL, dtype=dtype, use_safetensors=True, trust_remote_code=trusted
+    )
     after = log_probabilities(saved.float().eval(), queries, pad)
     difference = (after - before)[before > before.amax(-1, keepdim=True) - 10].abs().max().item()
     allowed = TOLERANCE[recipe.model.save_dtype]
@@ -120,7 +123,8 @@ def evaluation_table(recipe: Recipe, adapter: Path) -> list[str]:
 def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
     """The model card: where it comes from, how good it is, and everything needed to make it again."""
     summary = json.loads((adapter / SUMMARY).read_text(encoding="utf-8")) if (adapter / SUMMARY).is_file() else {}
-    stage, seed = summary.get("stage", "?"), summary.get("seed", recipe.run.seed)
+    values = summary.get("stage", "?"), summary.get("seed", recipe.run.seed)
+    stage, seed = (markdown_text(str(value)) for value in values)  # a stranger's, perhaps
     resolved = adapter / RESOLVED
     source = resolved.read_text(encoding="utf-8") if resolved.is_file() else recipe.to_yaml()
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["trl", stage, "rlhf", "rlhf-recipes"]}
@@ -137,7 +141,7 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
         "## Merging", "",
         f"Saved in {recipe.model.save_dtype}. Log-probabilities of the next token are within {checked['difference']:.2g} nats "
         f"of those of backbone and adapter (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g} nats.", "",
-        "## Recipe", "", "```yaml", source.strip(), "```", "",
+        "## Recipe", "", fenced(source.strip(), "yaml"), "",
     ])  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class RecipeError(Exception):
     def __init__(self, message: object) -> None:
         """One printable line, whatever words of a library or of a file are in it."""
         line = re.sub(r"\s*[\r\n]\s*", " ", str(message)).strip()
+        line = re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-100:]}", line)
         line = line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
@@ -59,6 +60,9 @@ class ModelSection:
     path: str = _key("a Hub id, or a folder relative to the recipe")
     trust_remote_code: bool = _key("execute the Python code that the model brings along (`auto_map` in its config)", False)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("of the backbone in memory; adapters are float32", "float32")
+    quantization: Literal["4bit"] | None = _key(
+        "the backbone's linear layers in 4 bits (NF4), as QLoRA has them; needs bitsandbytes, and `dtype` bfloat16", None
+    )
     attention: str | None = _key(
         "transformers' `attn_implementation`: sdpa, eager (faster for short texts on a CPU), flash_attention_2, ...", None
     )
@@ -192,6 +196,7 @@ class RunSection:
     seed: Annotated[int, Ge(0), Lt(2**32)] = _key("of sampling, data order and initial weights", 0)
     tracker: Literal["wandb", "none"] = _key("wandb runs go offline by themselves without login or network", "wandb")
     project: str = _key("the wandb project", "rlhf-recipes")
+    group: str | None = _key("the wandb group; default: the task", None)
     name: str | None = _key("the run folder's name; default: time and seed", None)
     resume: str | None = _key("a run's folder to go on with, or `latest`; --resume says the same", None)
     max_skipped_steps: Positive = _key(
@@ -311,8 +316,7 @@ _CHECKPOINTS = {
     "auto_find_batch_size": "a run whose batch size may change cannot be repeated or resumed",
 }
 _ENGINES = dict.fromkeys(
-    ("deepspeed", "fsdp", "fsdp_config", "ddp_backend"),
-    "the launch file chooses it, as accelerate_configs/fsdp2.yaml and zero3.yaml do",
+    ("deepspeed", "fsdp", "fsdp_config"), "the launch file chooses it, as accelerate_configs/fsdp2.yaml and zero3.yaml do"
 )
 _NOT_READ = "PPO's loop does not read it"
 PPO_READS = frozenset((
@@ -402,6 +406,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                problem = "`<<` merges other mappings into one, which is not done here; write its keys out"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` appears twice", key_node.start_mark)
@@ -560,6 +567,7 @@ def _refuse_secrets(section: str, values: Any, file: str) -> None:
             pending += [(f"{where}[{i}]", inner) for i, inner in enumerate(item)]
 
 
+@functools.cache
 def refused_keys(stage: str) -> dict[str, str]:
     """TRL's fields that the stage would accept and ignore, or that are secrets, with the reason."""
     secrets = dict.fromkeys(filter(_SECRET.search, stage_fields(stage)), _NO_SECRETS)

@@ -3,10 +3,8 @@
 report_data.py reads and checks everything, report_plots.py says what is drawn.
 """
 
-import html
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from rlhf_recipes.report_plots import (
     save_png,
     watch_plots,
 )
+from rlhf_recipes.tables import markdown_table, markdown_text
 from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
 
 
@@ -135,15 +134,15 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
         for p in data.policies
     ]
     lines = [
-        f"# {_markdown(data.task)}: report",
+        f"# {markdown_text(data.task)}: report",
         "",
         f"{evaluation.prompts} held-out prompts, {evaluation.completions} completions each, J at β {evaluation.beta:g}; "
         "every number with its 95% interval.",
         "",
-        *([_markdown(headline(data)), ""] if headline(data) else []),
-        _markdown(optimum_sentence(data)),
+        *([markdown_text(headline(data)), ""] if headline(data) else []),
+        markdown_text(optimum_sentence(data)),
         "",
-        *_markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics)], rows),
+        *markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics)], rows),
     ]
     if evaluation.exact:
         keys = list(next(iter(evaluation.exact.values())))
@@ -151,20 +150,20 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
             [name, *(f"{values[key]:.4f}" if key in values else "" for key in keys)]
             for name, values in evaluation.exact.items()
         ]
-        lines += ["", "By enumeration of every completion:", "", *_markdown_table(["policy", *keys], exact)]
+        lines += ["", "By enumeration of every completion:", "", *markdown_table(["policy", *keys], exact)]
     frontier = frontier_plot(data)
-    lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(_markdown, frontier.notes)]
+    lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(markdown_text, frontier.notes)]
     if gold_plot(data):
         lines += ["", "## Gold against reward", "", "![gold against reward](gold.png)"]
     if watch_plots(data):
         lines += ["", "## Over-optimisation", "", "![held-out reward and gold against KL while training](watch.png)"]
     found = [[policy.name, f["name"], f["evidence"], f["advice"]] for policy in data.policies for f in policy.findings]
     if found:
-        lines += ["", "## Findings", "", *_markdown_table(["policy", "finding", "evidence", "advice"], found)]
+        lines += ["", "## Findings", "", *markdown_table(["policy", "finding", "evidence", "advice"], found)]
     if curve_plots(data):
         lines += ["", "## Training", "", "![training curves](curves.png)"]
     texts = [[str(row["prompt"]), *(_with_scores(row, side) for side in data.sides)] for row in data.samples[:samples]]
-    lines += ["", "## Samples", "", *_markdown_table(["prompt", *data.sides], texts), ""]
+    lines += ["", "## Samples", "", *markdown_table(["prompt", *data.sides], texts), ""]
     return "\n".join(lines)
 
 
@@ -175,17 +174,6 @@ def _interval(interval: Interval | None) -> str:
 def _with_scores(row: dict[str, Any], side: str) -> str:
     scores = [f"{kind} {row[key]:.2f}" for kind in ("reward", "gold") if (key := f"{side}_{kind}") in row]
     return f"{row[side]}\n({', '.join(scores)})" if scores else str(row[side])
-
-
-def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    first, *others = [f"| {' | '.join(map(_markdown, row))} |" for row in [head, *rows]]
-    return [first, "| --- " * len(head) + "|", *others]
-
-
-def _markdown(text: str) -> str:
-    """Text that is no markup in Markdown: neither HTML nor emphasis, code, links, images or a table's border."""
-    escaped = re.sub(r"[|`*_\[\]\\~$]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
-    return re.sub(r"\r\n|\r|\n", "<br>", escaped)
 
 
 def write_report(data: ReportData, folder: Path) -> None:

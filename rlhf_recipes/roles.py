@@ -6,6 +6,7 @@ and head, the reward a LoRA adapter and score head. Sharing frozen tensors is sa
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -150,10 +152,14 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
         RecipeError: it is neither a folder nor to be had from the Hub, not in safetensors, or brings code that is not trusted.
     """
     with loading(f"`model.path` {recipe.model.path}"), safetensors_only():
-        model = AutoModelForCausalLM.from_pretrained(recipe.path(recipe.model.path), **_loading(recipe))
+        model = _pretrained(AutoModelForCausalLM, recipe.path(recipe.model.path), **_loading(recipe), **_quantizing(recipe))
     model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
     # moved before anything shares its weights: a later move to the same device changes nothing, another would copy them
     model = model.requires_grad_(False).eval().to(PartialState().device)
+    model.is_loaded_in_4bit = False  # see _known_as_4bit
+    for module in filter(_is_4bit, model.modules()):
+        # on such CPUs an evaluation would repack the weights, after which no gradient passes them
+        module.support_avx512bf16_for_cpu = False
     _check_head(model, recipe)
     return model
 
@@ -162,11 +168,65 @@ def _loading(recipe: Recipe) -> dict[str, Any]:
     """How `from_pretrained` loads a model of the recipe."""
     dtype, attention = getattr(torch, recipe.model.dtype), recipe.model.attention
     trusted = recipe.model.trust_remote_code  # never None: transformers would ask on standard input
-    return {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": trusted}
+    return {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trusted}
 
 
-def _does_not_fit(recipe: Recipe) -> str:
-    return f"cannot be loaded, or does not fit {recipe.model.path}"
+def _quantizing(recipe: Recipe) -> dict[str, Any]:
+    """How it quantises the backbone: as QLoRA does (Dettmers et al. 2023, arXiv 2305.14314), on this process's device."""
+    if recipe.model.quantization is None:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    """Whether it is a quantised layer itself, not PEFT's around one."""
+    return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
+
+
+@contextmanager
+def _known_as_4bit(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, PEFT is told of 4-bit layers if there are any. TRL's trainers must not be: they would round adapters to
+    bfloat16, in which the small steps of training are lost."""
+    model.is_loaded_in_4bit = any(map(_is_4bit, model.modules()))
+    try:
+        yield
+    finally:
+        model.is_loaded_in_4bit = False
+
+
+def _load_adapter(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> PeftModel:
+    with _known_as_4bit(model), safetensors_only():
+        return PeftModel.from_pretrained(model, folder, **kwargs)
+
+
+def _pretrained(auto_class: Any, path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """`auto_class.from_pretrained`, with every weight from there: transformers draws the ones that are missing at random.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
+    model, found = auto_class.from_pretrained(
+        path, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+    )
+    lost = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if lost:
+        raise ValueError(f"{len(lost)} weights are missing, or of another shape than its config.json says, such as {lost[0]}")
+    return model
+
+
+@contextmanager
+def _loading_adapter(what: str, recipe: Recipe) -> Iterator[None]:
+    """While this lasts, an adapter must fit the backbone, and all of it must be there."""
+    problem = f"cannot be loaded, or does not fit {recipe.model.path}"
+    with loading(what, problem), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT draws those at random
+        yield
 
 
 @torch.no_grad()
@@ -217,7 +277,10 @@ def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraC
 
 def with_new_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str, training: bool = False) -> PeftModel:
     """`model` with an adapter that changes nothing yet; see `lora_config`."""
-    with loading(f"`lora` with target_modules {recipe.lora.target_modules}", f"does not fit {recipe.model.path}"):
+    with (
+        loading(f"`lora` with target_modules {recipe.lora.target_modules}", f"does not fit {recipe.model.path}"),
+        _known_as_4bit(model),
+    ):
         return get_peft_model(model, lora_config(recipe, task_type, training))
 
 
@@ -233,8 +296,12 @@ def build_classifier(backbone: PreTrainedModel, trust_remote_code: bool = False)
         classifier = AutoModelForSequenceClassification.from_config(
             config, dtype=backbone.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
-    trunk = getattr(backbone, backbone.base_model_prefix)
-    getattr(classifier, classifier.base_model_prefix).load_state_dict(trunk.state_dict(), assign=True)
+    theirs, ours = getattr(backbone, backbone.base_model_prefix), getattr(classifier, classifier.base_model_prefix)
+    shared = {name: module for name, module in theirs.named_modules() if _is_4bit(module)}  # such weights are no plain tensors
+    plain = {key: value for key, value in theirs.state_dict().items() if key.rpartition(".weight")[0] not in shared}
+    ours.load_state_dict(plain, assign=True, strict=not shared)
+    for name, module in shared.items():
+        ours.set_submodule(name, module)
     classifier.name_or_path = backbone.name_or_path
     classifier.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32, device=backbone.device)
     return classifier.requires_grad_(False)
@@ -265,9 +332,9 @@ def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTraine
 def load_adapter_reward(
     recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> AdapterReward:
-    with loading(f"the reward's `adapter` {spec.adapter}", _does_not_fit(recipe)), safetensors_only():
+    with _loading_adapter(f"the reward's `adapter` {spec.adapter}", recipe):
         classifier = build_classifier(backbone, recipe.model.trust_remote_code)
-        model = PeftModel.from_pretrained(classifier, recipe.path(str(spec.adapter)))
+        model = _load_adapter(classifier, recipe.path(str(spec.adapter)))
     use_lean_lora(model)
     eos = None if spec.read_eos else tokenizer.eos_token_id
     return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
@@ -282,9 +349,7 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     where, path = f"the reward's `model` {spec.model}", recipe.path(str(spec.model))
     dtype, trusted = getattr(torch, recipe.model.dtype), spec.trust_remote_code
     with loading(where, switch="reward.trust_remote_code"), safetensors_only():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trusted
-        )
+        model = _pretrained(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trusted)
         sides = {"truncation_side": "left", "padding_side": "right"}  # right suits any model
         tokenizer = AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=trusted)
     if tokenizer.pad_token is None:
@@ -327,8 +392,8 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
         torch.manual_seed(recipe.run.seed)
         policy_role = with_new_adapter(backbone, recipe, "CAUSAL_LM")
     else:
-        with loading(str(policy), _does_not_fit(recipe)), safetensors_only():
-            policy_role = PeftModel.from_pretrained(backbone, policy, is_trainable=True)
+        with _loading_adapter(str(policy), recipe):
+            policy_role = _load_adapter(backbone, policy, is_trainable=True)
     use_lean_lora(policy_role)
     return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward)
 
@@ -341,8 +406,8 @@ def load_adapter_policy(recipe: Recipe, folder: Path) -> PeftModel:
     """
     _check_policy(folder)
     backbone = load_backbone(recipe)
-    with loading(str(folder), _does_not_fit(recipe)), safetensors_only():
-        return PeftModel.from_pretrained(backbone, folder).eval()
+    with _loading_adapter(str(folder), recipe):
+        return _load_adapter(backbone, folder).eval()
 
 
 def _check_policy(folder: Path) -> None:
@@ -365,8 +430,9 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
         yield roles.reference
     elif (folder / "adapter_config.json").is_file():
         _check_policy(folder)
-        with loading(str(folder), _does_not_fit(recipe)), safetensors_only():
-            roles.policy.load_adapter(str(folder), adapter_name="judged")
+        with _loading_adapter(str(folder), recipe), safetensors_only():
+            if lost := roles.policy.load_adapter(str(folder), adapter_name="judged").missing_keys:
+                raise ValueError(f"{len(lost)} of its weights are missing, such as {lost[0]}")
         before = roles.policy.active_adapter
         roles.policy.set_adapter("judged")
         try:
@@ -376,7 +442,7 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
             roles.policy.delete_adapter("judged")
     else:
         with loading(str(folder)), safetensors_only():
-            model = AutoModelForCausalLM.from_pretrained(folder, **_loading(recipe))
+            model = _pretrained(AutoModelForCausalLM, folder, **_loading(recipe))
         theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
         if theirs != ours:
             raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")

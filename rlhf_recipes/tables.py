@@ -1,6 +1,7 @@
 """What a stage shows at its end: tables for the terminal and for Markdown."""
 
 import html
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ def print_samples(rows: list[dict[str, Any]], sides: Sequence[str] = SIDES) -> N
     """Prompts with the continuations of each of `sides` beside each other, with their rewards and gold scores."""
     table = Table("prompt", *sides, show_lines=True)
     for row in rows:
-        table.add_row(escape(row["prompt"]), *(escape(_with_scores(row, side)) for side in sides))
+        table.add_row(_plain(row["prompt"]), *(_plain(_with_scores(row, side)) for side in sides))
     Console().print(table)
 
 
@@ -49,22 +50,46 @@ def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
     )
 
 
+def print_rows(head: list[str], rows: list[list[str]], title: str) -> None:
+    """Any table of texts, which cannot become markup."""
+    table = Table(*map(_plain, head), title=_plain(title))
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    _wide_console().print(table)
+
+
 def _wide_console() -> Console:
     """A log file has no width of its own."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
+def _plain(text: str) -> str:
+    """Text that neither rich nor the terminal obeys: an escape sequence can retitle, recolour or overwrite it."""
+    return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
+
+
 def markdown_samples(rows: list[dict[str, Any]]) -> str:
-    """The same samples as a Markdown table; model output cannot become markup."""
-    lines = ["| prompt | reference | policy |", "| --- | --- | --- |"]
-    for row in rows:
-        cells = [row["prompt"], *(_with_scores(row, side) for side in SIDES)]
-        lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
-    return "\n".join(lines)
+    """The same samples as a Markdown table."""
+    cells = [[row["prompt"], *(_with_scores(row, side) for side in SIDES)] for row in rows]
+    return "\n".join(markdown_table(["prompt", *SIDES], cells))
 
 
-def _cell(text: str) -> str:
-    return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, whose texts cannot become markup."""
+    first, *others = [f"| {' | '.join(map(markdown_text, row))} |" for row in [head, *rows]]
+    return [first, "| --- " * len(head) + "|", *others]
+
+
+def fenced(text: str, language: str) -> str:
+    """Text as a block of code in Markdown, whose fence is longer than any in the text."""
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def markdown_text(text: str) -> str:
+    """Text that is no markup in Markdown: neither HTML nor emphasis, code, links, images or a table's border."""
+    escaped = re.sub(r"[|`*_\[\]\\~$]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    return re.sub(r"\r\n|\r|\n", "<br>", escaped)
 
 
 def _with_scores(row: dict[str, Any], side: str) -> str:

@@ -2,14 +2,16 @@
 
 import functools
 import importlib.util
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import Recipe, RecipeError, nearest, shortened
 
 COLUMNS = {
     "load_prompts": [{"prompt"}],
@@ -27,7 +29,25 @@ def load_task(recipe: Recipe) -> types.ModuleType:
     file = recipe.folder / "task.py"
     if not file.is_file():
         raise RecipeError(f"{file}: no such file; a recipe's task.py gives its data (see recipes/imdb/task.py)")
-    return _import(file.resolve(), file.stat().st_mtime_ns)
+    with _theirs(f"{file}: cannot be imported", file.resolve()):
+        return _import(file.resolve(), file.stat().st_mtime_ns)
+
+
+@contextmanager
+def _theirs(what: str, file: Path) -> Iterator[None]:
+    """Whatever code of a task raises becomes one line that says what failed and at which line of its `file`."""
+    try:
+        yield
+    except RecipeError:  # a task's own words
+        raise
+    except SyntaxError as error:
+        raise RecipeError(f"{what}: {error.msg} at {Path(error.filename or file).name}:{error.lineno or 1}") from error
+    except SystemExit as error:  # sys.exit("what is missing")
+        raise RecipeError(f"{what}: {error}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        at = f" at {file.name}:{lines[-1]}" if lines else ""
+        raise RecipeError(f"{what}: {type(error).__name__}: {error}{at}") from error
 
 
 @functools.cache
@@ -44,7 +64,10 @@ def task_function(task: types.ModuleType, name: str) -> Callable[..., Any]:
     """`task.name`, or a RecipeError that says what it should be."""
     function = getattr(task, name, None)
     if not callable(function):
-        raise RecipeError(f"{task.__file__}: this stage needs a function `{name}`; recipes/README.md has its contract")
+        own = [key for key, value in vars(task).items() if callable(value) and key not in (*COLUMNS, "gold_reward")]
+        raise RecipeError(
+            f"{task.__file__}: this stage needs a function `{name}`{nearest(name, own)}; recipes/README.md has its contract"
+        )
     return function
 
 
@@ -55,8 +78,10 @@ def load_dataset(task: types.ModuleType, function: str, split: str) -> Dataset:
         function: "load_prompts", "load_preferences" or "load_demonstrations".
         split: "train" or "eval".
     """
-    dataset = task_function(task, function)(split)
     where = f"{task.__file__}: `{function}({split!r})`"
+    load = task_function(task, function)
+    with _theirs(f"{where} failed", Path(str(task.__file__))):
+        dataset = load(split)
     if not isinstance(dataset, Dataset):
         raise RecipeError(f"{where} returned {type(dataset).__name__}, expected a datasets.Dataset")
     if len(dataset) == 0:
@@ -64,13 +89,25 @@ def load_dataset(task: types.ModuleType, function: str, split: str) -> Dataset:
     if not any(columns <= set(dataset.column_names) for columns in COLUMNS[function]):
         wanted = " or ".join(", ".join(sorted(c)) for c in COLUMNS[function])
         raise RecipeError(f"{where} has the columns {dataset.column_names}, expected {wanted}")
-    for column in set().union(*COLUMNS[function]) & set(dataset.column_names):
-        row = next((i for i, value in enumerate(dataset[column]) if value is None), None)
-        if row is not None:
-            raise RecipeError(f"{where}: row {row} has no `{column}` (None)")
+    columns = sorted(set().union(*COLUMNS[function]) & set(dataset.column_names))
+    plain = "prompt" in columns and isinstance(dataset[0]["prompt"], str)  # then so is what follows a prompt
+    for column in columns:
+        text, chat = column != "messages", column == "messages" or (column != "text" and not plain)
+        for row, value in enumerate(dataset[column]):
+            if not (text and isinstance(value, str)) and not (chat and _is_chat(value)):
+                wanted = " or ".join(["text"] * text + ["chat messages with `role` and `content`"] * chat)
+                raise RecipeError(f"{where}: `{column}` of row {row}: expected {wanted}, got {shortened(value)}")
     return dataset
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and m.get("role") is not None and m.get("content") is not None for m in value)
+    )
 
 
 def optional_gold(task: types.ModuleType) -> Callable[..., list[float]] | None:
     """The task's `gold_reward`: never trained on, only watched."""
-    return getattr(task, "gold_reward", None)
+    return task_function(task, "gold_reward") if getattr(task, "gold_reward", None) is not None else None

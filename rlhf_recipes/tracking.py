@@ -31,7 +31,7 @@ class Tracker:
             self._run = wandb.init(
                 project=recipe.run.project,
                 name=folder.name,
-                group=recipe.task,
+                group=recipe.run.group or recipe.task,
                 job_type=stage,
                 config=recipe.to_dict(),
                 dir=folder,

@@ -1,6 +1,7 @@
 """One yardstick for every policy: its metrics on held-out prompts with 95% intervals, and how far from the optimum it is."""
 
 import math
+import os.path
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from rlhf_recipes.objective import (
     optimal_frontier_point,
     wins,
 )
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import Recipe, RecipeError, nearest
 
 Metrics = dict[str, dict[str, float]]
 
@@ -59,14 +60,14 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
         folder = Path(recipe.path(path))
         if word == "reference":
             continue
-        if best_of := re.fullmatch(r"best-of-(\d+)", word):
+        if best_of := re.fullmatch(r"best-of-(\d{1,9})", word):
             n = int(best_of[1])
             if not 1 <= n <= most:
                 raise RecipeError(
                     f"`evaluate.policies`: {word}: `evaluate.reference_completions` is {most}, and N at most that"
                 )
             judged.append(Judged(word, best_of=n))
-        elif folder.is_dir():
+        elif os.path.isdir(folder):  # false, not an error, for what can be no folder's name
             run = folder.resolve()
             if not any((run / file).is_file() for file in ("adapter_config.json", "config.json")):
                 raise RecipeError(
@@ -76,7 +77,7 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
         else:
             raise RecipeError(
                 f"`evaluate.policies`: {word} is no folder; expected `reference`, `best-of-N` or [NAME=]FOLDER of an adapter "
-                f"or a full model"
+                f"or a full model{nearest(word, ['reference'])}"
             )
     names = [policy.name for policy in judged]
     for name in names:

@@ -35,7 +35,7 @@ def load_classifier() -> tuple[BertForSequenceClassification, Tokenizer]:
     torch.manual_seed(0)
     loading = {"use_safetensors": True, "attn_implementation": "eager"}  # faster than sdpa for short texts on a CPU
     model = BertForSequenceClassification.from_pretrained(folder, num_labels=1, **loading)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.backend_tokenizer.no_truncation()  # the package's file pads and cuts every text to 128 tokens
     tokenizer.backend_tokenizer.no_padding()
     return model.eval(), tokenizer  # without dropout: one pass over the pairs leaves nothing to memorise
