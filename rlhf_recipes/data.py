@@ -45,7 +45,8 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> No
     if pad is not None:
         vocabulary = tokenizer.get_vocab()
         if pad not in vocabulary:
-            raise RecipeError(f"`model.pad_token` {pad!r}: not in the vocabulary of {recipe.model.path}{nearest(pad, vocabulary)}")
+            near = nearest(pad, vocabulary)
+            raise RecipeError(f"`model.pad_token` {pad!r}: not in the vocabulary of {recipe.model.path}{near}")
         tokenizer.pad_token = pad
     if template is not None:
         tokenizer.chat_template = (recipe.folder / template).read_text(encoding="utf-8")
