@@ -1,5 +1,7 @@
 """From a recipe's stage section to the TRL config that runs it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,13 @@ def sft_fields(train: Dataset) -> dict[str, Any]:
     return {"completion_only_loss": True} if "completion" in train.column_names else {}
 
 
-def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path, **shared: Any) -> Any:
+def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path = Path(), **shared: Any) -> Any:
     """Builds the TRL config of `recipe.<section>` with the shared facts filled in.
 
     Args:
         config_class: a TRL config class; it checks the values.
         section: "sft", "reward_training", "ppo", ...
+        output_dir: a folder that is there; a trainer of a run is told the run's when it has one (Resumable.attach).
         shared: TRL fields owned by another section of the recipe (such as kl_coef for objective.beta).
 
     Raises:
@@ -60,7 +63,18 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
         **shared,
         **recipe.stages[section],
     }
-    try:
+    with refused_by_trl(section):
         return config_class(**values)
-    except (ValueError, TypeError) as error:
+
+
+@contextmanager
+def refused_by_trl(section: str) -> Iterator[None]:
+    """While this lasts, TRL looks at a section's values: some as its config is built, some as its trainer is.
+
+    Raises:
+        RecipeError: with TRL's own words.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError, OSError) as error:
         raise RecipeError(f"`{section}`: TRL refuses these values: {error}") from error

@@ -74,6 +74,20 @@ def loading(what: str, problem: str = "cannot be loaded", switch: str = "model.t
         raise RecipeError(f"{what}: {problem}") from error
 
 
+def texts_of(demonstrations: Dataset) -> list[str]:
+    """What a tokenizer is trained on.
+
+    Raises:
+        RecipeError: they have no column `text`.
+    """
+    if "text" not in demonstrations.column_names:
+        raise RecipeError(
+            f"`sft.from_scratch` trains a tokenizer on a column `text`, and load_demonstrations has "
+            f"{', '.join(demonstrations.column_names)}; return text, or continue a backbone with --sft.from_scratch=false"
+        )
+    return demonstrations["text"][:]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer with distinct pad, bos and eos; every text starts with bos."""
     pad, bos, eos = "<pad>", "<s>", "</s>"

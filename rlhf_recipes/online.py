@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf_recipes.callbacks import Watch, watch
-from rlhf_recipes.configs import stage_config
+from rlhf_recipes.configs import refused_by_trl, stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
 from rlhf_recipes.doctor import examine
 from rlhf_recipes.evaluation import complete, judge_policy, prepare_rewards
@@ -32,18 +32,19 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     roles = build_roles(recipe, tokenizer, value="adapter" if section.get("loop") == "trl" else section.get("value", "trunk"))
     examine(roles, train, recipe)
 
-    run = Run.prepare(recipe, stage)
-    args = stage_config(PPOConfig, recipe, stage, run.folder, **ppo_fields(recipe, stage))
-    run.start()
-    prepare_rewards(roles, task, run)
-
     watched = held_out.select(range(min(recipe.watch.prompts, len(held_out))))
 
     def judge() -> dict[str, float]:
         judged = complete(roles.policy, roles, watched, recipe, gold)
         return judged.means(recipe.objective.beta) | judged.standard_errors()
 
-    trainer = PPOTrainer(args, roles, train, judge=judge)
+    args = stage_config(PPOConfig, recipe, stage, **ppo_fields(recipe, stage))
+    with refused_by_trl(stage):
+        trainer = PPOTrainer(args, roles, train, judge=judge)
+
+    run = Run.prepare(recipe, stage)
+    run.start()
+    prepare_rewards(roles, task, run)
     watch(trainer, run)
     if args.loop == "lean":  # TRL's own logs less
         trainer.add_callback(Watch(run))

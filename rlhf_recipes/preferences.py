@@ -136,11 +136,14 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
     return pairs, dropped
 
 
-def load_pairs(file: Path) -> Dataset:
+def load_pairs(file: Path, vocabulary: int) -> Dataset:
     """The token ids of a pairs.jsonl, as DPOTrainer's collator takes them, and each pair's `label_smoothing`.
 
+    Args:
+        vocabulary: rows of the backbone's embedding.
+
     Raises:
-        RecipeError: the file is not what `sample_pairs` writes.
+        RecipeError: the file is not what `sample_pairs` writes, or was made with another vocabulary.
     """
     columns: dict[str, list] = {name: [] for name in _COLUMNS}
     where = str(file)
@@ -150,7 +153,7 @@ def load_pairs(file: Path) -> Dataset:
                 where = f"{file}, line {number}"
                 row = json.loads(line)
                 for name in _COLUMNS:
-                    columns[name].append(_checked(name, row[name]))
+                    columns[name].append(_checked(name, row[name], vocabulary))
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -160,13 +163,23 @@ def load_pairs(file: Path) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: Any, vocabulary: int) -> Any:
     if name == "label_smoothing":
         if type(value) not in (int, float) or not 0 <= value <= 0.5:
             raise ValueError(f"{name} is {value!r}, expected a probability of at most 0.5")
-    elif not isinstance(value, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in value):
+    elif not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
         raise ValueError(f"{name} is no list of token ids")  # of a completion an empty one: its first token was the pad
+    elif value and max(value) >= vocabulary:
+        raise ValueError(f"{name} has the token {max(value)} of another vocabulary: the backbone's has {vocabulary}")
     return value
+
+
+def sample_of(pairs: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """One pair: the first, or where there are none yet a made-up one."""
+    if pairs is not None:
+        return pairs.select(range(1))
+    end = [tokenizer.eos_token_id]
+    return Dataset.from_dict({"prompt_ids": [end], "chosen_ids": [end], "rejected_ids": [end], "label_smoothing": [0.0]})
 
 
 def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:

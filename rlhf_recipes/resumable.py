@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from rlhf_recipes import interrupts
 from rlhf_recipes.checkpoints import RESUME, STATE, prune, write_checkpoint
-from rlhf_recipes.engines import whole_weights
+from rlhf_recipes.engines import is_sharded, whole_weights
 from rlhf_recipes.recipe import StoppedError
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import stop_together
@@ -38,6 +38,8 @@ class Resumable(Trainer):
 
     state: Any
     control: Any
+    optimizer: Any
+    lr_scheduler: Any
     run: Run | None = None
     skipped_steps = 0  # optimizer steps left out since the run began
     skipped_in_a_row = 0
@@ -49,9 +51,16 @@ class Resumable(Trainer):
     _restored: dict[str, Any] | None = None
 
     def attach(self, run: Run) -> None:
-        """Makes this training part of a run, with whose checkpoint it goes on if the run has one."""
+        """Makes this training part of a run that has begun, with whose checkpoint it goes on if the run has one."""
+        self.args.output_dir = str(run.folder)
         self.run, self._before = run, run.last_step
         self.add_callback(Keeper(self))
+
+    def try_optimizer(self) -> None:
+        """transformers looks at `optim` and the schedule's arguments only as it trains: builds both, and drops them."""
+        if not is_sharded(self):
+            self.create_optimizer_and_scheduler(num_training_steps=1)
+            self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
 
     # --- training ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes import preferences
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import DPOConfig, stage_config
+    from rlhf_recipes.configs import DPOConfig, refused_by_trl, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
     from rlhf_recipes.doctor import examine
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
@@ -29,19 +29,24 @@ def main(recipe: Recipe) -> dict:
 
     task, tokenizer, longest = load_task(recipe), load_tokenizer(recipe), recipe.data.max_prompt_tokens
     prompts, pairs = None, None
-    if recipe.preferences.path is not None:
-        pairs = preferences.load_pairs(Path(recipe.path(recipe.preferences.path)) / preferences.FILE)
-    elif recipe.preferences.source == "task":
+    given = recipe.preferences.path
+    if given is None and recipe.preferences.source == "task":
         pairs = preferences.tokenize_preferences(load_dataset(task, "load_preferences", "train"), tokenizer, recipe)
-    if pairs is None or recipe.stages["dpo"].get("rounds", 1) > 1:
+    if (pairs is None and given is None) or recipe.stages["dpo"].get("rounds", 1) > 1:
         prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), tokenizer, longest, recipe.preferences.prompts)
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
 
     roles = build_roles(recipe, tokenizer)
     examine(roles, held_out, recipe)
+    vocabulary = roles.policy.get_input_embeddings().num_embeddings
+    if given is not None:
+        pairs = preferences.load_pairs(Path(recipe.path(given)) / preferences.FILE, vocabulary)
+
+    args = stage_config(DPOConfig, recipe, "dpo", **dpo_fields(recipe))
+    with refused_by_trl("dpo"):
+        DPOTrainer(args, roles, preferences.sample_of(pairs, tokenizer)).try_optimizer()  # before anything is written
 
     run = Run.prepare(recipe, "dpo")
-    args = stage_config(DPOConfig, recipe, "dpo", run.folder, **dpo_fields(recipe))
     run.start()
     prepare_rewards(roles, task, run)
     first = run.memory.get("round", 0)  # above 0 in a run that goes on
@@ -51,7 +56,7 @@ def main(recipe: Recipe) -> dict:
             policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
             run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
-            pairs = preferences.load_pairs(run.folder / name)
+            pairs = preferences.load_pairs(run.folder / name, vocabulary)
         run.memory["round"] = number
         trainer = DPOTrainer(args, roles, pairs)
         watch(trainer, run)

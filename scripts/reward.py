@@ -18,7 +18,7 @@ def main(recipe: Recipe) -> dict:
     from trl import RewardConfig
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import stage_config
+    from rlhf_recipes.configs import refused_by_trl, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_pairs
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
@@ -38,10 +38,13 @@ def main(recipe: Recipe) -> dict:
     model = build()
     model.config.pad_token_id = tokenizer.pad_token_id
 
+    args = stage_config(RewardConfig, recipe, "reward_training")
+    with refused_by_trl("reward_training"):
+        trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
+        trainer.try_optimizer()
+
     run = Run.prepare(recipe, "reward")
-    args = stage_config(RewardConfig, recipe, "reward_training", run.folder)
     run.start()
-    trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
     watch(trainer, run)
     trainer.train()
 

@@ -17,8 +17,8 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, sft_fields, stage_config
-    from rlhf_recipes.data import complete_tokenizer, load_tokenizer, tokenize_demonstrations, train_tokenizer
+    from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.resumable import SFTTrainer
@@ -31,7 +31,7 @@ def main(recipe: Recipe) -> dict:
 
     from_scratch = recipe.stages["sft"].get("from_scratch", False)
     if from_scratch:
-        tokenizer = train_tokenizer(train["text"], recipe.model.architecture["vocab_size"])
+        tokenizer = train_tokenizer(texts_of(train), recipe.model.architecture["vocab_size"])
         complete_tokenizer(tokenizer, recipe)
         build = partial(build_backbone, recipe, tokenizer)
     else:
@@ -41,12 +41,15 @@ def main(recipe: Recipe) -> dict:
     train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     model = build()
 
+    args = stage_config(SFTConfig, recipe, "sft", **sft_keys)
+    with refused_by_trl("sft"):
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
+        )  # fmt: skip
+        trainer.try_optimizer()
+
     run = Run.prepare(recipe, "sft")
-    args = stage_config(SFTConfig, recipe, "sft", run.folder, **sft_keys)
     run.start()
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
-    )  # fmt: skip
     watch(trainer, run)
     trainer.train()
 

@@ -94,7 +94,7 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
 def test_broken_pairs_are_named(content, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(RecipeError, match=r"pairs\.jsonl"):
-        load_pairs(tmp_path / "pairs.jsonl")
+        load_pairs(tmp_path / "pairs.jsonl", 300)
 
 
 def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):

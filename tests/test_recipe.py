@@ -156,7 +156,7 @@ BROKEN = {
     "unknown key": (GOOD | {"lora": {"rnk": 3}}, r"unknown key `lora\.rnk`"),
     "misspelt TRL key": (GOOD | {"ppo": {"lerning_rate": 1}}, r"`ppo\.lerning_rate`; did you mean `learning_rate`"),
     "shared key in a stage": (GOOD | {"ppo": {"kl_coef": 1}}, r"`ppo\.kl_coef` belongs to `objective\.beta`"),
-    "key without effect": (GOOD | {"ppo": {"save_steps": 5}}, r"`ppo\.save_steps` has no effect here"),
+    "key without effect": (GOOD | {"ppo": {"max_steps": 5}}, r"`ppo\.max_steps` has no effect here"),
     "missing key": ({"model": {}, "reward": {"adapter": "y"}}, r"`model\.path` is missing"),
     "wrong type": (GOOD | {"lora": {"r": "many"}}, r"`lora\.r`: expected int > 0, got 'many'"),
     "wrong TRL type": (GOOD | {"ppo": {"learning_rate": "fast"}}, r"`ppo\.learning_rate`: expected float, got 'fast'"),

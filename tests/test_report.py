@@ -371,7 +371,7 @@ def test_the_script_writes_the_latest_evaluation_and_loads_no_weights(recipe):
     target = recipe.parent / "outputs/toy/report/r"
     assert {p.name for p in target.iterdir()} == {
         "report.html", "report.md", "frontier.png", "gold.png", "watch.png", "curves.png",
-        "recipe.resolved.yaml", "summary.json", "README.md",
+        "recipe.resolved.yaml", "run.json", "summary.json", "README.md",
     }  # fmt: skip
     assert summary["policies"] == [*UNTRAINED, *TRAINED]
     assert Path(summary["evaluation"]).name == "e"
