@@ -234,6 +234,15 @@ def test_a_wrong_key_is_answered_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--dry-run"], ["--ppo.x=1"]])
+def test_help_and_dry_run_import_nothing_heavy(words):
+    code = "import sys\nfrom scripts.ppo import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" + (
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_owned_keys_point_to_keys_that_exist():
     for owner in recipe_module.OWNER_OF.values():
         section, _, key = owner.partition(".")
