@@ -21,7 +21,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             from eos.
     """
     trusted = recipe.model.trust_remote_code
-    with loading(f"the tokenizer of `model.path` {recipe.model.path}", switch="model.trust_remote_code"):
+    with loading(f"the tokenizer of `model.path` {recipe.said(recipe.model.path)}", switch="model.trust_remote_code"):
         tokenizer = AutoTokenizer.from_pretrained(
             recipe.path(recipe.model.path), padding_side="left", trust_remote_code=trusted
         )

@@ -384,6 +384,10 @@ class Recipe:
                 return str((base / value).resolve())
         return value
 
+    def said(self, value: str) -> str:
+        """A path of the recipe for a message, which says what it was taken for."""
+        return value if os.path.exists(self.path(value)) else f"{value} (no folder beside the recipe or here, so a Hub id)"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `load_recipe` reads back to an equal recipe."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}

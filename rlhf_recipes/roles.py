@@ -151,7 +151,7 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
     Raises:
         RecipeError: it is neither a folder nor to be had from the Hub, not in safetensors, or brings code that is not trusted.
     """
-    with loading(f"`model.path` {recipe.model.path}"), safetensors_only():
+    with loading(f"`model.path` {recipe.said(recipe.model.path)}"), safetensors_only():
         model = _pretrained(AutoModelForCausalLM, recipe.path(recipe.model.path), **_loading(recipe), **_quantizing(recipe))
     model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
     # moved before anything shares its weights: a later move to the same device changes nothing, another would copy them
