@@ -365,7 +365,7 @@ CHECKPOINTS = [
     case("backbone that is missing", "ppo", flags("--model.path=checkpoints/nowhere"),
          "`model.path` checkpoints/nowhere: no such folder"),
     case("backbone that no hub has", "ppo", flags("--model.path=nobody-at-all/nothing"),
-         "`model.path` nobody-at-all/nothing: cannot be"),
+         "`model.path` nobody-at-all/nothing (no folder beside the recipe or here, so a Hub id): cannot be"),
     case("backbone that is a file", "ppo", flags("--model.path=recipe.yaml"),
          "`model.path` recipe.yaml", "is a file, expected a folder"),
     case("backbone of a name too long", "ppo", flags(f"--model.path={'x' * 5000}"), "`model.path` xxx", "cannot be loaded"),
