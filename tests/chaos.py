@@ -22,7 +22,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPARED = ("adapter_model.safetensors", "value.safetensors", "metrics.jsonl", "samples.jsonl")
+COMPARED = (
+    "adapter_model.safetensors", "adapter/adapter_model.safetensors", "model/model.safetensors", "value.safetensors",
+    "metrics.jsonl", "samples.jsonl",
+)  # fmt: skip
 ENDS_WITHIN = 120  # seconds a job may take to end once one of its processes is dead
 WORDS = {
     "ppo": ["--ppo.total_episodes", "1536", "--ppo.save_steps", "2", "--ppo.eval_strategy", "steps", "--ppo.eval_steps", "3",
