@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -522,7 +523,7 @@ FAKES = {  # what a cluster has; `accelerate` starts one process, which ends wit
 }
 
 
-@pytest.mark.skipif(subprocess.run(["which", "pkill"], capture_output=True, check=False).returncode != 0, reason="no pkill")
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="no pkill")
 def test_the_slurm_script_saves_requeues_and_goes_on(tmp_path):
     """Run by bash with a cluster of two machines made of shell scripts."""
     for name, text in FAKES.items():
