@@ -12,7 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_completion, encode_prompt, load_tokenizer, prompt_text, tokenize_demonstrations
+from rlhf_recipes.data import (
+    encode_completion,
+    encode_prompt,
+    join_padded,
+    load_tokenizer,
+    prompt_text,
+    tokenize_demonstrations,
+)
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import FunctionReward, RewardError, Samples, run_async
 from rlhf_recipes.tasks import COLUMNS, load_dataset, load_task
@@ -139,8 +146,7 @@ def _samples(prompts: Dataset, answers: list[Any], tokenizer: PreTrainedTokenize
     rows = prompts[: len(answers)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
     responses = [encode_completion(tokenizer, prompt, answer) for prompt, answer in zip(rows["prompt"], answers, strict=True)]
-    context, longest, pad = max(map(len, ids)), max(map(len, responses)), tokenizer.pad_token_id
-    padded = [[pad] * (context - len(x)) + x + y + [pad] * (longest - len(y)) for x, y in zip(ids, responses, strict=True)]
+    padded, context = join_padded(ids, responses, tokenizer.pad_token_id)
     columns = {key: values for key, values in rows.items() if key != "prompt"}
     return Samples(torch.tensor(padded), context, tokenizer, rows["prompt"], columns)
 

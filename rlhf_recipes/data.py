@@ -169,6 +169,13 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
     return ids[: ids.index(eos) + 1]
 
 
+def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int) -> tuple[list[list[int]], int]:
+    """Rows of prompt + completion, padded on both sides to one length, and the context length at which completions start."""
+    context, longest = max(map(len, prompts)), max(map(len, completions))
+    rows = [[pad] * (context - len(x)) + x + y + [pad] * (longest - len(y)) for x, y in zip(prompts, completions, strict=True)]
+    return rows, context
+
+
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise RecipeError(

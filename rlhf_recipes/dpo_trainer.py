@@ -11,6 +11,7 @@ from trl.trainer import dpo_trainer as trl_dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf_recipes.configs import DPOConfig
+from rlhf_recipes.data import join_padded
 from rlhf_recipes.engines import whole_model
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.resumable import Resumable
@@ -113,11 +114,8 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
     def reference_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
         """log pi_ref(y | x) summed over the completion's tokens; lists of token ids -> [batch]"""
         pad = self.roles.tokenizer.pad_token_id
-        context, longest = max(map(len, prompt_ids)), max(map(len, completion_ids))
-        sequences = torch.tensor([
-            [pad] * (context - len(x)) + x + y + [pad] * (longest - len(y))
-            for x, y in zip(prompt_ids, completion_ids, strict=True)
-        ]).to(self.accelerator.device)  # fmt: skip
+        rows, context = join_padded(prompt_ids, completion_ids, pad)
+        sequences = torch.tensor(rows).to(self.accelerator.device)
         output = response_forward(self.roles.reference, sequences, context, pad, temperature=1.0)
         return (output.logprobs * response_mask(sequences[:, context:], pad)).sum(1)
 

@@ -33,7 +33,7 @@ class Resumable(Trainer):
 
     Beside weights, optimizer and schedule a checkpoint holds what transformers' own leaves out or pickles: the random states,
     now and when the epoch's order was drawn, of every process; the losses and TRL metrics since the last log; how long
-    metrics.jsonl was; the findings; wandb's id.
+    metrics.jsonl was; the findings.
     """
 
     state: Any

@@ -49,6 +49,7 @@ class Run:
     findings: list[Finding] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several trainings keeps over an interruption
     checkpoint: Path | None = None  # to go on from
+    _sizes: dict[str, int] = field(default_factory=dict)  # of the files that grow, at that checkpoint
     _lock: FileLock | None = None
 
     @classmethod
@@ -60,8 +61,8 @@ class Run:
             path = Path(recipe.run.resume)  # resume.py has made it the checkpoint, or the run
             if not (path / MANIFEST).is_file():
                 return cls(recipe, stage, path, state.is_main_process)
-            run = cls(recipe, stage, path.parent, state.is_main_process, checkpoint=path)
-            run._restore()
+            run = cls(recipe, stage, path.parent, state.is_main_process)
+            run._restore(path)
             return run
         name = recipe.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{recipe.run.seed}"
         [name] = broadcast_object_list([name])  # the processes' clocks differ
@@ -113,11 +114,10 @@ class Run:
             ) from None
         if self.recipe.run.resume is None:
             return
-        sizes = {} if self.checkpoint is None else self._saved()["files"]
         for name in _GROWING:
             file = self.folder / name
             if file.is_file():
-                os.truncate(file, min(file.stat().st_size, sizes.get(name, 0)))
+                os.truncate(file, min(file.stat().st_size, self._sizes.get(name, 0)))
         newest = -1 if self.checkpoint is None else step_of(self.checkpoint)
         for folder in checkpoints_of(self.folder):
             if step_of(folder) > newest:  # damaged, and about to be written anew
@@ -139,18 +139,11 @@ class Run:
                 sizes[name] = file.stat().st_size
         return {"files": sizes, "findings": [asdict(finding) for finding in self.findings], "memory": self.memory}
 
-    def _saved(self) -> dict[str, Any]:
-        assert self.checkpoint is not None
-        return self._resume_file()["run"]
-
-    def _resume_file(self) -> dict[str, Any]:
-        assert self.checkpoint is not None
-        return json.loads((self.checkpoint / RESUME).read_text(encoding="utf-8"))
-
-    def _restore(self) -> None:
-        saved = self._saved()
+    def _restore(self, checkpoint: Path) -> None:
+        resume = json.loads((checkpoint / RESUME).read_text(encoding="utf-8"))
+        saved, self.checkpoint, self.last_step = resume["run"], checkpoint, resume["before"]
         self.findings = [Finding(**finding) for finding in saved["findings"]]
-        self.memory, self.last_step = saved["memory"], self._resume_file()["before"]
+        self.memory, self._sizes = saved["memory"], saved["files"]
 
     def take_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, given to the first training that asks."""
