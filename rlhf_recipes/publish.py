@@ -1,6 +1,7 @@
 """A trained policy as a model of its own: adapter and backbone merged, checked, with a card, on the Hub if asked."""
 
 import json
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +43,9 @@ def adapter_to_merge(recipe: Recipe) -> Path:
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel | PeftModel, queries: Tensor, pad_token_id: int) -> Tensor:
-    """log pi(. | x) after each of `queries` [prompts, tokens], padded on the left; float32 [prompts, vocabulary]"""
+    """log pi(. | x) after each of `queries` [prompts, tokens], padded on the left; float64 [prompts, vocabulary]"""
     inputs = model_inputs(queries.to(model.device), pad_token_id)
-    return model(**inputs).logits[:, -1].float().log_softmax(-1).cpu()
+    return model(**inputs).logits[:, -1].cpu().double().log_softmax(-1)
 
 
 def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: Tensor) -> dict[str, float]:
@@ -127,6 +128,7 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
     stage, seed = (markdown_text(str(value)) for value in values)  # a stranger's, perhaps
     resolved = adapter / RESOLVED
     source = resolved.read_text(encoding="utf-8") if resolved.is_file() else recipe.to_yaml()
+    source = re.sub(r"^folder:.*\n", "", source, flags=re.MULTILINE)  # where it lay on this machine is nobody's business
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["trl", stage, "rlhf", "rlhf-recipes"]}
     if "/" in recipe.model.path and not Path(recipe.path(recipe.model.path)).is_dir():
         front["base_model"] = recipe.model.path

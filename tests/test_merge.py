@@ -44,7 +44,7 @@ def test_the_merged_model_is_the_policy(dtype, tiny, trained):
     assert difference < {"float32": 1e-5, "float16": 1e-2, "bfloat16": 0.1}[dtype]
     assert (reference - theirs).abs().max() > 0.3  # there was something to merge
     assert summary["difference"] < 10 * difference + 1e-6
-    assert 0 <= summary["kl"] + 1e-6 < 1e-2
+    assert -1e-12 <= summary["kl"] < 1e-2
     names = {file.name for file in folder.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
@@ -84,6 +84,7 @@ def test_the_card_has_the_numbers_and_the_recipe(tiny, trained):
     assert {"trl", "ppo", "rlhf-recipes"} <= set(yaml.safe_load(front)["tags"])
     recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert recipe["ppo"]["total_episodes"] == 48
+    assert str(tiny) not in text  # no path of the machine it was made on
     assert "Seed 0, commit " in body
 
 
