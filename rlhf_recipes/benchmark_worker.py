@@ -145,7 +145,7 @@ def _random_reward(recipe: Recipe, backbone: Any, tokenizer: Any) -> Rewards:
     """`load_rewards` with random weights, so that any model can be measured."""
     model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS")).requires_grad_(False).eval()
     use_lean_lora(model)
-    return Rewards({"reward": Term(AdapterReward(model, tokenizer.pad_token_id))})
+    return Rewards({"reward": Term(AdapterReward(model, [tokenizer.eos_token_id]))})
 
 
 def _our_roles(recipe: Recipe) -> Roles:

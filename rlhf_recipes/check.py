@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
@@ -146,9 +145,9 @@ def _samples(prompts: Dataset, answers: list[Any], tokenizer: PreTrainedTokenize
     rows = prompts[: len(answers)]
     ids = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
     responses = [encode_completion(tokenizer, prompt, answer) for prompt, answer in zip(rows["prompt"], answers, strict=True)]
-    padded, context = join_padded(ids, responses, tokenizer.pad_token_id)
+    padded, attention, context = join_padded(ids, responses, tokenizer.pad_token_id)
     columns = {key: values for key, values in rows.items() if key != "prompt"}
-    return Samples(torch.tensor(padded), context, tokenizer, rows["prompt"], columns)
+    return Samples(padded, context, tokenizer, rows["prompt"], columns, attention)
 
 
 def _score(name: str, function: Callable[..., Any], samples: Samples, console: Console) -> list[str]:

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
+from rlhf_recipes.logprobs import Head
 from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.sampling import trunk_and_head
 
 
 @dataclass
@@ -36,9 +41,25 @@ class DPOConfig(trl.DPOConfig):
     )
 
 
-def sft_fields(train: Dataset) -> dict[str, Any]:
-    """TRL trains on completions alone where it finds prompts beside them; we hand it their tokens."""
-    return {"completion_only_loss": True} if "completion" in train.column_names else {}
+def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """What the data and the model ask of TRL's SFT, where the recipe does not say otherwise.
+
+    It trains on completions alone where it finds prompts beside them; we hand it their tokens. Its chunked loss makes logits of
+    its own: as Cohere's and Gemma's are, not as Granite's, Falcon-H1's or ModernBERT's, and it fails where a mixture of experts
+    has no `num_experts` in its config. It adds an auxiliary loss of routers, which DeepSeek's do not have.
+    """
+    config = model.config.get_text_config()
+    _, head = trunk_and_head(model)
+    scale, cap = getattr(config, "logit_scale", None) or 1.0, getattr(config, "final_logit_softcapping", None)
+    followed = type(head.embedding) is nn.Linear and head == Head(head.embedding, scale, cap)
+    fields: dict[str, Any] = {"completion_only_loss": True} if "completion" in train.column_names else {}
+    if getattr(config, "output_router_logits", None) is not None:
+        followed = followed and hasattr(config, "num_experts")
+        ids = torch.arange(4, device=model.device).unsqueeze(0)
+        with torch.no_grad():
+            if getattr(model(input_ids=ids, output_router_logits=True), "aux_loss", None) is None:
+                fields["router_aux_loss_coef"] = 0.0
+    return fields if followed else fields | {"loss_type": "nll"}
 
 
 def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path = Path(), **shared: Any) -> Any:

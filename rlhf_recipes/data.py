@@ -1,16 +1,28 @@
 """Text to token ids: tokenizers, and the datasets each stage trains on."""
 
+import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StopStringCriteria
+from transformers.utils import cached_file
 
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
+_MAY_BE_ABSENT = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -36,20 +48,72 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Gives a tokenizer the pad token and the chat template of the recipe, where it has them.
+    """Gives a tokenizer the pad and eos token and the chat template of the recipe, where it has them.
 
     Raises:
         RecipeError: the vocabulary has no such token. A new one would need a new row of the embedding.
     """
-    pad, template = recipe.model.pad_token, recipe.model.chat_template
-    if pad is not None:
+    for name in ("pad_token", "eos_token"):
+        token = getattr(recipe.model, name)
+        if token is None:
+            continue
         vocabulary = tokenizer.get_vocab()
-        if pad not in vocabulary:
-            near = nearest(pad, vocabulary)
-            raise RecipeError(f"`model.pad_token` {pad!r}: not in the vocabulary of {recipe.model.path}{near}")
-        tokenizer.pad_token = pad
-    if template is not None:
-        tokenizer.chat_template = (recipe.folder / template).read_text(encoding="utf-8")
+        if token not in vocabulary:
+            near = nearest(token, vocabulary)
+            raise RecipeError(f"`model.{name}` {token!r}: not in the vocabulary of {recipe.model.path}{near}")
+        setattr(tokenizer, name, token)
+    if recipe.model.chat_template is not None:
+        tokenizer.chat_template = (recipe.folder / recipe.model.chat_template).read_text(encoding="utf-8")
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
+    """The tokens at any of which a completion of the model in `folder` ends: the tokenizer's eos first, then those of
+    generation_config.json and config.json, each once and only those of the vocabulary.
+
+    Llama 3, Qwen 3, Gemma and Phi name several: the end of a turn and the end of a text.
+
+    Args:
+        folder: as `from_pretrained` takes it, also a Hub id.
+
+    Raises:
+        RecipeError: one of the files is not what it should be.
+    """
+    said: list[Any] = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        with loading(f"{folder}: {name}", "cannot be read"):
+            file = cached_file(str(folder), name, **_MAY_BE_ABSENT)
+            config = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+            text = config.get("text_config") or {}  # of models that also read images
+            ids = config.get("eos_token_id", text.get("eos_token_id"))
+            said += ids if isinstance(ids, list) else [ids]
+    return [token for token in dict.fromkeys(said) if isinstance(token, int) and 0 <= token < len(tokenizer)]
+
+
+class Ends:
+    """Where a completion ends: with any of some tokens, or of some texts.
+
+    Args:
+        tokens: ids, the tokenizer's eos first.
+        texts: `sampling.stop`; a completion ends with the token that completes one of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: list[int], texts: list[str] | None = None) -> None:
+        self.tokens, self.pad = tuple(tokens), tokenizer.pad_token_id
+        self.texts = StopStringCriteria(tokenizer, list(texts)) if texts else None
+
+    def are(self, tokens: Tensor) -> Tensor:
+        """Which of `tokens` [...] are end tokens; [...]"""
+        return torch.isin(tokens, torch.tensor(self.tokens, device=tokens.device))
+
+    def reached(self, responses: Tensor) -> Tensor:
+        """Which of `responses` [batch, tokens so far] end with their last token; [batch]"""
+        ended = self.are(responses[:, -1])
+        return ended if self.texts is None else ended | self.texts(responses, None)
+
+
+def load_ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """Where a completion by the recipe's backbone ends."""
+    return Ends(tokenizer, end_token_ids(tokenizer, recipe.path(recipe.model.path)), recipe.sampling.stop)
 
 
 @contextmanager
@@ -112,6 +176,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )  # fmt: skip
 
 
+def train_readable_tokenizer(texts: list[str], vocab_size: int, model_type: str) -> PreTrainedTokenizerBase:
+    """`train_tokenizer`, with at most `vocab_size` tokens also when it is saved and read back beside a model of this type:
+    transformers reads the tokenizers of some families, such as Qwen2, by a class that adds tokens of its own.
+
+    Raises:
+        RecipeError: read back, it gives other tokens.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    again = _read_back(tokenizer, model_type)
+    if len(again) > vocab_size:
+        tokenizer = train_tokenizer(texts, 2 * vocab_size - len(again))
+        again = _read_back(tokenizer, model_type)
+    if len(again) > vocab_size or any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts[:10]):
+        raise RecipeError(
+            f"`model.architecture.model_type` {model_type}: transformers would read the tokenizer that is trained here as "
+            f"{type(again).__name__}, which gives other tokens; choose another type, such as llama"
+        )
+    return tokenizer if len(again) == len(tokenizer) else again
+
+
+def _read_back(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
 # --- one way to token ids, whichever stage asks --------------------------------------------------------------------
 
 
@@ -169,11 +260,35 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
     return ids[: ids.index(eos) + 1]
 
 
-def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int) -> tuple[list[list[int]], int]:
-    """Rows of prompt + completion, padded on both sides to one length, and the context length at which completions start."""
+def decode_completions(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[int]]) -> list[str]:
+    """The texts of completions without special tokens: each is what it adds to the text of its prompt.
+
+    Decoded by itself, a completion of a SentencePiece tokenizer loses the space before its first word.
+
+    Args:
+        prompts, completions: rows of token ids without padding; a completion may have its end.
+    """
+    eos = tokenizer.eos_token_id  # `model.eos_token` may be none of the tokenizer's special tokens
+    rows = [y[:-1] if y and y[-1] == eos else y for y in completions]
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, rows, strict=True)], skip_special_tokens=True)
+    return [text[len(commonprefix([start, text])) :] for start, text in zip(before, whole, strict=True)]
+
+
+def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int) -> tuple[Tensor, Tensor, int]:
+    """Rows of prompt + completion, padded on both sides to one length, and which of their positions are tokens, both [rows,
+    tokens]; and the context length, at which completions start."""
     context, longest = max(map(len, prompts)), max(map(len, completions))
-    rows = [[pad] * (context - len(x)) + x + y + [pad] * (longest - len(y)) for x, y in zip(prompts, completions, strict=True)]
-    return rows, context
+    pairs = list(zip(prompts, completions, strict=True))
+    rows = [[pad] * (context - len(x)) + x + y + [pad] * (longest - len(y)) for x, y in pairs]
+    attention = [[0] * (context - len(x)) + [1] * (len(x) + len(y)) + [0] * (longest - len(y)) for x, y in pairs]
+    return torch.tensor(rows), torch.tensor(attention, dtype=torch.bool), context
+
+
+def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids padded on the left to one length, and which of their positions are tokens; both [rows, tokens]"""
+    ids, attention, _ = join_padded(rows, [[] for _ in rows], pad)
+    return ids, attention
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:

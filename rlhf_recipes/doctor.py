@@ -1,21 +1,42 @@
-"""The checks before a run that need the models: seconds, on ten prompts, before anything is written."""
+"""The checks that need the models: one number computed in two ways must be one number.
 
+Before a run, on ten prompts and with an adapter that was moved on purpose (a new one changes nothing, whatever is broken):
+log-probabilities as sampled, as the training pass computes them, and as plain transformers and PEFT give them for one row
+without padding; the reference against the plain backbone; a reward adapter's scores alone and in a batch. After a run: what was
+saved, read back.
+"""
+
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_completion, is_chat
+from rlhf_recipes.data import encode_completion, encode_prompt, is_chat, load_ends, pad_left
+from rlhf_recipes.engines import is_sharded
 from rlhf_recipes.evaluation import complete
-from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.roles import Roles
+from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
+from rlhf_recipes.rewards import AdapterReward
+from rlhf_recipes.roles import Roles, load_policy_adapter, shared_copy, with_new_adapter
+from rlhf_recipes.sampling import Sampled, model_inputs, response_forward, sample_completions
 
 PROMPTS = 10
-ROUNDING = 1e-3  # nats a completion
+TOKENS = 32  # of a completion, at most
+# Mean nats a token (units of reward a score) that rounding explains, by the backbone's precision.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
 def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
-    """A new policy must be the reference, and its completions of ten prompts must have finite rewards.
+    """A new policy must be the reference, its completions of ten prompts must have finite rewards, and one number must be one.
 
     Args:
         prompts: tokenised.
@@ -23,15 +44,18 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
     Raises:
         RecipeError: what is wrong, and what to change.
     """
-    _examine_tokens(roles, recipe)
+    prompts = prompts.select(range(min(PROMPTS, len(prompts))))
+    check_tokens(roles.tokenizer, roles.backbone, recipe)
+    longest = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
+    _check_positions(roles.backbone, longest, "`data.max_prompt_tokens` + `data.max_completion_tokens`", recipe)
     if is_chat(prompts[0]["prompt"]):
         encode_completion(roles.tokenizer, prompts[0]["prompt"], "An answer.")  # raises where stages would see other tokens
-    judged = complete(roles.policy, roles, prompts.select(range(min(PROMPTS, len(prompts)))), recipe)
+    judged = complete(roles.policy, roles, prompts, recipe)
     kl = judged.kl.abs().max().item()
-    if not kl <= ROUNDING:
+    if not kl <= ROUNDING[torch.float32]:
         raise RecipeError(
             f"the new policy is {kl:.3g} nats from the reference, and should start as it: does {recipe.model.path} behave "
-            f"randomly (dropout, noise in its forward pass), or does `model.dtype` {recipe.model.dtype} overflow?"
+            f"randomly (noise in its forward pass), or does `model.dtype` {recipe.model.dtype} overflow?"
         )
     known = judged.reward[~judged.reward.isnan()]
     if not known.isfinite().all():
@@ -47,21 +71,292 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
             f"there is nothing to learn; look at `reward`",
             file=sys.stderr,
         )
+    _compare_paths(roles, prompts, recipe)
 
 
-def _examine_tokens(roles: Roles, recipe: Recipe) -> None:
-    """The tokenizer and the backbone speak of the same tokens."""
-    tokenizer, config = roles.tokenizer, roles.policy.config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if ends != [None] and tokenizer.eos_token_id not in ends:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, recipe: Recipe) -> None:
+    """The tokenizer and the backbone speak of the same tokens.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    config = backbone.config
+    said = getattr(config, "eos_token_id", None) or config.get_text_config().eos_token_id
+    ends = said if isinstance(said, list) else [said]
+    if ends != [None] and tokenizer.eos_token_id not in ends and recipe.model.eos_token is None:
         raise RecipeError(
             f"`model.path` {recipe.model.path}: its config ends a text with token {ends[0]} "
             f"({tokenizer.convert_ids_to_tokens(ends[0])!r}), its tokenizer with {tokenizer.eos_token_id} "
-            f"({tokenizer.eos_token!r}); make `eos_token` of the two agree"
+            f"({tokenizer.eos_token!r}); name the one that is right with `model.eos_token`"
         )
-    words, rows = len(tokenizer), roles.policy.get_input_embeddings().num_embeddings
+    words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
     if words > rows:
         raise RecipeError(
             f"`model.path` {recipe.model.path}: its tokenizer has {words} tokens and its embedding {rows}; resize the "
             f"embedding, or use the tokenizer it was trained with"
+        )
+
+
+def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, recipe: Recipe) -> None:
+    config = backbone.config.get_text_config()
+    room = next(
+        (r for key in ("max_position_embeddings", "max_seq_len") if isinstance(r := getattr(config, key, None), int)), math.inf
+    )
+    if tokens > room:
+        raise RecipeError(
+            f"{what}: {tokens} tokens, and {recipe.model.path} reads {room}; lower the lengths (of sft and reward_training: "
+            f"`max_length`), or leave out what is longer"
+        )
+
+
+# --- before a run ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """What SFT makes must be a backbone that the policy stages can sample from, and its loss must be the model's own.
+
+    Args:
+        trainer: TRL's SFTTrainer, before it trains.
+
+    Raises:
+        RecipeError: what is wrong, and what to change.
+    """
+    model, args = trainer.model, trainer.args
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_tokens(tokenizer, base, recipe)
+    _check_rows([trainer.train_dataset, trainer.eval_dataset], base, "sft", args.max_length, recipe)
+    if is_sharded(trainer):
+        return
+    rows = trainer.train_dataset.select(range(min(PROMPTS, len(trainer.train_dataset))))
+    queries, attention = (
+        tensor.to(model.device) for tensor in pad_left([row[:8] for row in rows["input_ids"]], tokenizer.pad_token_id)
+    )
+    allowed, training = ROUNDING[base.dtype], model.training
+    model.eval()
+    with torch.random.fork_rng():
+        sampled = sample_completions(model, queries, attention, load_ends(recipe, tokenizer), 4, recipe.sampling.temperature)
+    plain = _plain_logprobs(model, sampled, queries.shape[1], recipe.sampling.temperature)
+    gap = (sampled.logprobs - plain).abs().mean().item()
+    if not gap <= allowed:
+        raise _apart("log-probabilities as they are sampled", gap, allowed, base, recipe)
+    if args.loss_type in ("nll", "chunked_nll") and not args.padding_free and not args.packing:
+        batch = {name: tensor.to(model.device) for name, tensor in trainer.data_collator(rows.to_list()[:2]).items()}
+        labels = batch.pop("labels")
+        said, logits = model(**batch, labels=labels), model(**batch).logits.float()
+        balance = getattr(said, "aux_loss", None)
+        loss = (said.loss - (0 if balance is None else base.config.get_text_config().router_aux_loss_coef * balance)).item()
+        own = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+        if not abs(loss - own) <= allowed * (1 + abs(own)):
+            raise RecipeError(
+                f"`sft.loss_type` {args.loss_type}: TRL's loss of the first rows is {loss:.4g} and that of the model's logits "
+                f"{own:.4g}: it does not follow what {type(base).__name__} does to them; give --sft.loss_type=nll"
+            )
+    model.train(training)
+
+
+@torch.no_grad()
+def examine_reward(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """The scores that training compares must be those that the policy stages will read, of one text and of a batch.
+
+    Args:
+        trainer: TRL's RewardTrainer, before it trains.
+
+    Raises:
+        RecipeError: what is wrong, and what to change.
+    """
+    model = trainer.model
+    base = model.get_base_model()
+    check_tokens(tokenizer, base, recipe)
+    datasets = [trainer.train_dataset] + ([] if trainer.eval_dataset is None else [trainer.eval_dataset])
+    _check_rows(datasets, base, "reward_training", trainer.args.max_length, recipe)
+    if is_sharded(trainer):
+        return
+    rows = trainer.train_dataset.select(range(min(PROMPTS // 2, len(trainer.train_dataset)))).to_list()
+    batch = {name: tensor.to(model.device) for name, tensor in trainer.data_collator(rows).items()}
+    training = model.training
+    with moved(model):
+        together = model.eval()(**batch).logits[:, 0].float()
+        ids = [row[f"{side}_ids"][: trainer.args.max_length] for side in ("chosen", "rejected") for row in rows]
+        alone = torch.cat([AdapterReward(model)(torch.tensor([row], device=model.device)) for row in ids])
+    model.train(training)
+    gap, allowed = ((together - alone).abs() / (1 + alone.abs())).mean().item(), ROUNDING[base.dtype]
+    if not gap <= allowed:
+        raise _apart("scores in a batch", gap, allowed, base, recipe)
+
+
+def _check_rows(datasets: list[Dataset], backbone: Any, section: str, longest: int | None, recipe: Recipe) -> None:
+    """No row is longer than what the backbone reads: training would find out at that row.
+
+    Args:
+        datasets: tokenised.
+        longest: the section's `max_length`.
+    """
+    for dataset in datasets:
+        columns = [name for name in dataset.column_names if name in ("input_ids", "chosen_ids", "rejected_ids")]
+        for number, row in enumerate(dataset.select_columns(columns)):
+            tokens = min(max(map(len, row.values())), longest or math.inf)
+            _check_positions(backbone, tokens, f"row {number} of the data of `{section}`", recipe)
+
+
+def _apart(what: str, gap: float, allowed: float, backbone: Any, recipe: Recipe) -> RecipeError:
+    return RecipeError(
+        f"`model.path` {recipe.model.path}: {what} are {gap:.3g} apart from what plain transformers and PEFT give for one row "
+        f"without padding, and rounding to `model.dtype` {recipe.model.dtype} explains {allowed:g}: "
+        f"{type(backbone).__name__} or `lora` does what the policy stages do not follow; use another"
+    )
+
+
+def _compare_paths(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: two paths to one number are further apart than rounding explains.
+    """
+    allowed = ROUNDING[roles.backbone.dtype]
+    for what, gaps in path_gaps(roles, prompts, recipe).items():
+        gap = gaps.mean().item()
+        if not gap <= allowed:
+            raise _apart(what, gap, allowed, roles.backbone, recipe)
+
+
+@torch.no_grad()
+def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tensor]:
+    """How far numbers are from those of plain transformers and PEFT for one row without padding, the policy moved on purpose.
+
+    Returns:
+        absolute differences in nats of log-probabilities of the policy, as they are sampled and as the training pass computes
+        them, and of the reference, [tokens]; relative ones of each reward adapter's scores, [prompts].
+    """
+    policy, temperature = roles.policy, recipe.sampling.temperature
+    queries, attention = (t.to(policy.device) for t in pad_left(prompts["input_ids"][:], roles.tokenizer.pad_token_id))
+    context, length, training = queries.shape[1], min(TOKENS, recipe.data.max_completion_tokens), policy.training
+    with torch.random.fork_rng(), moved(policy):
+        torch.manual_seed(recipe.run.seed)
+        plain = with_new_adapter(shared_copy(roles.backbone), recipe, "CAUSAL_LM").eval()
+        set_peft_model_state_dict(plain, get_peft_model_state_dict(policy, save_embedding_layers=False))
+        sampled = sample_completions(policy, queries, attention, roles.ends, length, temperature)
+        rows, mask = (sampled.sequences, sampled.attention), sampled.attention[:, context:]
+        policy.train()
+        trained = response_forward(policy, *rows, context, temperature).logprobs
+        policy.train(training)
+        reference = response_forward(roles.reference, *rows, context, temperature).logprobs
+        by_policy, by_backbone = (_plain_logprobs(model, sampled, context, temperature) for model in (plain, roles.backbone))
+    gaps = {
+        "log-probabilities as they are sampled": (sampled.logprobs - by_policy).abs()[mask],
+        "log-probabilities as the training pass computes them": (trained - by_policy).abs()[mask],
+        "log-probabilities of the reference": (reference - by_backbone).abs()[mask],
+    }
+    for name, term in roles.reward.terms.items():
+        if isinstance(term.scorer, AdapterReward):
+            gaps[f"scores of the reward `{name}`"] = _score_gaps(term.scorer, sampled)
+    return gaps
+
+
+@contextmanager
+def moved(policy: nn.Module) -> Iterator[None]:
+    """While this lasts, everything that is trained is a little elsewhere; then it is bit for bit what it was."""
+    generator = torch.Generator().manual_seed(0)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    before = [parameter.data for parameter in trained]
+    try:
+        for parameter in trained:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+            size = parameter.data.square().mean().sqrt()
+            parameter.data = parameter.data + noise * (0.1 * size if size > 0 else 0.02)  # B starts at 0
+        yield
+    finally:
+        for parameter, data in zip(trained, before, strict=True):
+            parameter.data = data
+
+
+def _plain_logprobs(model: Any, sampled: Sampled, context: int, temperature: float) -> Tensor:
+    """log pi of each token by the model's own forward pass over one row at a time, without padding; [batch, response]"""
+    logprobs = torch.zeros_like(sampled.logprobs)
+    for row, (ids, tokens) in enumerate(zip(sampled.sequences, sampled.attention, strict=True)):
+        ids, count = ids[tokens], int(tokens[context:].sum())
+        logits = model(input_ids=ids.unsqueeze(0)).logits[0, -count - 1 : -1].float() / temperature
+        logprobs[row, :count] = logits.log_softmax(-1).gather(1, ids[-count:, None]).squeeze(1)
+    return logprobs
+
+
+def _score_gaps(scorer: AdapterReward, sampled: Sampled) -> Tensor:
+    together, alone = scorer(sampled.sequences, sampled.attention), []
+    classifier = scorer.model.get_base_model()
+    trunk = getattr(classifier, classifier.base_model_prefix)
+    for ids, tokens in zip(sampled.sequences, sampled.attention, strict=True):
+        ids = ids[tokens]
+        kept = ids if scorer.read_eos else ids[~torch.isin(ids, torch.tensor(scorer.ends, device=ids.device))]
+        hidden = trunk(input_ids=kept.unsqueeze(0)).last_hidden_state[0, -1]
+        alone.append(classifier.score(hidden.float())[0])
+    return (together - torch.stack(alone)).abs() / (1 + together.abs())
+
+
+# --- after a run -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_back_policy(folder: Path, roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
+    """The adapter that was saved, loaded anew over the backbone, must say of ten prompts what the policy says; a value function
+    that was saved must be the one that was trained.
+
+    Raises:
+        StoppedError: it does not.
+    """
+    rows = prompts.select(range(min(PROMPTS, len(prompts))))["input_ids"][:]
+    inputs = model_inputs(*(tensor.to(roles.policy.device) for tensor in pad_left(rows, roles.tokenizer.pad_token_id)))
+    saved = load_policy_adapter(shared_copy(roles.backbone), folder, recipe).eval()
+    roles.policy.eval()
+    trained, again = (model(**inputs).logits[:, -1] for model in (roles.policy, saved))
+    _same(folder, trained, again, ROUNDING[roles.backbone.dtype])
+    file = folder / "value.safetensors"
+    if file.is_file():
+        value = dict(roles.value.named_parameters())
+        for name, tensor in load_file(file).items():
+            if not torch.equal(tensor, value[name].detach().cpu()):
+                raise StoppedError(f"{file}: `{name}` is not what was trained; the disk may be faulty")
+
+
+@torch.no_grad()
+def read_back_backbone(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Any]) -> None:
+    """The backbone and tokenizer that were saved must read ten texts as `model`, which was saved, does.
+
+    Args:
+        texts: prompts or texts.
+
+    Raises:
+        StoppedError: they do not.
+    """
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device).eval()
+    again = AutoTokenizer.from_pretrained(folder)
+    rows = [encode_prompt(tokenizer, text) for text in texts[:PROMPTS]]
+    if [encode_prompt(again, text) for text in texts[:PROMPTS]] != rows:
+        raise StoppedError(f"{folder}: the tokenizer that was saved, read back as {type(again).__name__}, gives other tokens")
+    inputs = model_inputs(*(tensor.to(model.device) for tensor in pad_left(rows, tokenizer.pad_token_id)))
+    trained, read = (side(**inputs).logits[:, -1] for side in (model.eval(), saved))
+    _same(folder, trained, read, ROUNDING[torch.float32])
+
+
+@torch.no_grad()
+def read_back_reward(folder: Path, model: Any, pairs: Dataset) -> None:
+    """The reward adapter that was saved, loaded beside the one that was trained, must score ten texts alike.
+
+    Raises:
+        StoppedError: it does not.
+    """
+    batch = pad_left(pairs.select(range(min(PROMPTS, len(pairs))))["chosen_ids"][:], 0)
+    trained = AdapterReward(model)(*(tensor.to(model.device) for tensor in batch))
+    model.load_adapter(str(folder), "saved")
+    model.set_adapter("saved")
+    saved = AdapterReward(model.eval())(*(tensor.to(model.device) for tensor in batch))
+    model.set_adapter("default")
+    model.delete_adapter("saved")
+    _same(folder, trained, saved, ROUNDING[torch.float32])
+
+
+def _same(folder: Path, mine: Tensor, saved: Tensor, allowed: float) -> None:
+    gap = (mine.float() - saved.float()).abs().mean().item()
+    if not gap <= allowed:
+        raise StoppedError(
+            f"{folder}: what was saved, read back, is not what was trained: its outputs are {gap:.3g} apart on average, and "
+            f"rounding explains {allowed:g}; do not use it, and look at `lora` and `model`"
         )

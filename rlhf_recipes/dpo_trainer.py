@@ -17,7 +17,7 @@ from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.resumable import Resumable
 from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.runtime import progress_bar
-from rlhf_recipes.sampling import response_forward, response_mask
+from rlhf_recipes.sampling import response_forward
 
 
 def _as_it_is(model: Any, accelerator: Any) -> Any:
@@ -113,11 +113,10 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
     @torch.no_grad()
     def reference_logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
         """log pi_ref(y | x) summed over the completion's tokens; lists of token ids -> [batch]"""
-        pad = self.roles.tokenizer.pad_token_id
-        rows, context = join_padded(prompt_ids, completion_ids, pad)
-        sequences = torch.tensor(rows).to(self.accelerator.device)
-        output = response_forward(self.roles.reference, sequences, context, pad, temperature=1.0)
-        return (output.logprobs * response_mask(sequences[:, context:], pad)).sum(1)
+        *rows, context = join_padded(prompt_ids, completion_ids, self.roles.tokenizer.pad_token_id)
+        sequences, attention = (tensor.to(self.accelerator.device) for tensor in rows)
+        output = response_forward(self.roles.reference, sequences, attention, context, temperature=1.0)
+        return (output.logprobs * attention[:, context:]).sum(1)
 
 
 def dpo_fields(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rlhf_recipes.objective import kl_divergence, objective_value, optimal_objec
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import Samples
 from rlhf_recipes.roles import Reference, Roles
-from rlhf_recipes.sampling import response_forward, response_mask
+from rlhf_recipes.sampling import response_forward
 
 MOST = 100_000  # completions of a prompt
 
@@ -76,12 +76,13 @@ def enumerate_policy(
         prompt = row["input_ids"]
         query = torch.tensor(prompt, device=completions.device).expand(len(completions), -1)
         sequences = torch.cat([query, completions], dim=1)
-        mask = response_mask(completions, pad)
+        mask = completions != pad
+        attention = torch.cat([torch.ones_like(query, dtype=torch.bool), mask], dim=1)
         for column, model in zip(columns, (policy, roles.reference), strict=False):
-            output = response_forward(model, sequences, query.shape[1], pad, recipe.sampling.temperature)
+            output = response_forward(model, sequences, attention, query.shape[1], recipe.sampling.temperature)
             column.append((output.logprobs.double() * mask).sum(1))
         others = {name: [value] * len(sequences) for name, value in row.items() if name not in ("prompt", "input_ids")}
-        samples = Samples(sequences, query.shape[1], tokenizer, [row["prompt"]] * len(sequences), others)
+        samples = Samples(sequences, query.shape[1], tokenizer, [row["prompt"]] * len(sequences), others, attention)
         columns[2].append(roles.reward(samples).total.double())
     log_pi, log_ref, rewards = (torch.stack(column).cpu() for column in columns)
     for log_p in (log_pi, log_ref):

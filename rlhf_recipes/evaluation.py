@@ -13,14 +13,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_prompt, prompt_text, tokenize_prompts
+from rlhf_recipes.data import Prompt, encode_prompt, load_ends, pad_left, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar, stop_together
-from rlhf_recipes.sampling import response_forward, response_mask, sample_completions
+from rlhf_recipes.sampling import response_forward, sample_completions
 from rlhf_recipes.tables import markdown_samples, print_samples, print_summary
 from rlhf_recipes.tasks import load_dataset
 
@@ -148,25 +148,24 @@ def _judge_batch(
     measure_kl: bool,
 ) -> dict[str, list]:
     """One completion for each row of `prompts`: the columns of `Completions`, a value a row."""
-    tokenizer, temperature = roles.tokenizer, recipe.sampling.temperature
-    pad = tokenizer.pad_token_id
-    queries = tokenizer.pad({"input_ids": prompts["input_ids"][:]}, return_tensors="pt")["input_ids"].to(roles.policy.device)
+    tokenizer, temperature, device = roles.tokenizer, recipe.sampling.temperature, roles.policy.device
+    queries, attention = (tensor.to(device) for tensor in pad_left(prompts["input_ids"][:], tokenizer.pad_token_id))
     context = queries.shape[1]
-    sequences, _ = sample_completions(policy, queries, tokenizer, recipe.data.max_completion_tokens, temperature)
-    responses = sequences[:, context:]
-    mask = response_mask(responses, pad)
+    sampled = sample_completions(policy, queries, attention, roles.ends, recipe.data.max_completion_tokens, temperature)
+    rows = sampled.sequences, sampled.attention
+    columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
+    samples = Samples(sampled.sequences, context, tokenizer, prompts["prompt"][:], columns, sampled.attention, sampled.ended)
+    mask = samples.mask
     kl = kl_k3 = entropy = torch.zeros(len(queries))
     if measure_kl:
-        output = response_forward(policy, sequences, context, pad, temperature)
+        output = response_forward(policy, *rows, context, temperature)
         entropy = (output.entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
         if policy is not roles.reference:
-            log_ref = response_forward(roles.reference, sequences, context, pad, temperature).logprobs
+            log_ref = response_forward(roles.reference, *rows, context, temperature).logprobs
             kl, kl_k3 = (sequence_kl(output.logprobs, log_ref, mask, estimator) for estimator in ("k1", "k3"))
-    columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
-    samples = Samples(sequences, context, tokenizer, prompts["prompt"][:], columns)
     scores = roles.reward(samples)
     batch = {
-        "ids": [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)],
+        "ids": [row[keep].tolist() for row, keep in zip(samples.responses, mask, strict=True)],
         "texts": samples.texts,
         "reward": scores.total.masked_fill(~scores.valid, torch.nan).tolist(),
         "kl": kl.tolist(),
@@ -247,15 +246,15 @@ def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: types.ModuleType, recipe: Recipe
 ) -> list[dict[str, str]]:
     """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
-    prompts = [""]
+    prompts: list[Prompt] = [""]
     if hasattr(task, "load_prompts"):
         prompts = load_dataset(task, "load_prompts", "eval")[: recipe.evaluate.samples]["prompt"]
-    ids = {"input_ids": [encode_prompt(tokenizer, prompt) for prompt in prompts]}
-    queries = tokenizer.pad(ids, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    queries, attention = (tensor.to(model.device) for tensor in pad_left(ids, tokenizer.pad_token_id))
     torch.manual_seed(recipe.run.seed)
     length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
-    sequences, _ = sample_completions(model, queries, tokenizer, length, temperature)
-    texts = tokenizer.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
+    sampled = sample_completions(model, queries, attention, load_ends(recipe, tokenizer), length, temperature)
+    texts = Samples(sampled.sequences, queries.shape[1], tokenizer, prompts, {}, sampled.attention, sampled.ended).texts
     return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
@@ -267,11 +266,9 @@ def pairwise_accuracy(reward: AdapterReward, pairs: Dataset, batch_size: int) ->
         reward: token ids [batch, tokens] -> scores [batch].
         pairs: as `tokenize_pairs` makes them, perhaps with `words`.
     """
-    pad = reward.pad_token_id
 
     def scores(rows: list[list[int]]) -> Tensor:
-        width = max(map(len, rows))
-        return reward(torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=reward.device))
+        return reward(*(tensor.to(reward.device) for tensor in pad_left(rows, 0)))
 
     correct: dict[str, list[bool]] = {"all": []}
     pairs = pairs.sort("length")

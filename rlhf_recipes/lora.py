@@ -20,17 +20,28 @@ def use_lean_lora(model: nn.Module) -> None:
             module.__class__ = LeanLoraLinear
 
 
+def is_plain(layer: nn.Module, adapters: list[str]) -> bool:
+    """Whether a layer with these adapters computes W x + s B A x with a frozen W: no DoRA, no bias in B, no parameter."""
+    return (
+        isinstance(layer, lora.Linear)
+        and not any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in adapters)
+        and not any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
+    )
+
+
 class LeanLoraLinear(lora.Linear):
     """PEFT's LoRA layer; what it does beyond one plain adapter (merging, variants, several, dropout) stays PEFT's."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged and not self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or self.disable_adapters or self.merged or len(adapters) != 1:
+        if args or kwargs or self.disable_adapters or len(adapters) != 1:
             return super().forward(x, *args, **kwargs)
         [name] = adapters
         a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         base = self.get_base_layer()
-        plain = name not in self.lora_variant and b.bias is None and not base.weight.requires_grad
+        plain = is_plain(self, adapters)
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
         same_dtype = x.dtype == base.weight.dtype and not autocast
         if not plain or not same_dtype or (self.training and not isinstance(dropout, nn.Identity)):

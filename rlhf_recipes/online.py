@@ -5,7 +5,7 @@ from typing import Any
 from rlhf_recipes.callbacks import Watch, watch
 from rlhf_recipes.configs import refused_by_trl, stage_config
 from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.doctor import examine
+from rlhf_recipes.doctor import examine, read_back_policy
 from rlhf_recipes.evaluation import complete, judge_policy, prepare_rewards
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, episodes_per_update, ppo_fields
 from rlhf_recipes.recipe import Recipe, RecipeError
@@ -51,4 +51,6 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     trainer.train()
 
     trainer.save_model()
+    if run.main:
+        read_back_policy(run.folder, roles, held_out, recipe)
     return judge_policy(run, roles, held_out, gold)

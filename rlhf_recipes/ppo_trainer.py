@@ -49,7 +49,7 @@ from rlhf_recipes.resumable import Resumable
 from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores
 from rlhf_recipes.roles import Roles, SyncedReference, ValueAdapter, ValueHead
 from rlhf_recipes.runtime import stop_together
-from rlhf_recipes.sampling import ResponseOutput, predicting_inputs, response_forward, sample_completions
+from rlhf_recipes.sampling import ResponseOutput, Sampled, predicting_inputs, response_forward, sample_completions
 from rlhf_recipes.training_state import random_state, restore_random_state
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -134,16 +134,16 @@ class PolicyAndValue(nn.Module):
 
     def forward(
         self,
-        query_responses: Tensor,
+        sequences: Tensor,
+        attention: Tensor,
         context_length: int,
-        pad_token_id: int,
         temperature: float,
         reference_hidden: Tensor | None = None,
     ) -> tuple[ResponseOutput, Tensor]:
         """Returns the policy's view of the response and V before each of its tokens, [batch, response]."""
-        output = response_forward(self.policy, query_responses, context_length, pad_token_id, temperature, reference_hidden)
+        output = response_forward(self.policy, sequences, attention, context_length, temperature, reference_hidden)
         if isinstance(self.value, ValueAdapter):
-            hidden = self.value.hidden(**predicting_inputs(query_responses, pad_token_id))
+            hidden = self.value.hidden(**predicting_inputs(sequences, attention))
             return output, self.value(hidden[:, context_length - 1 :])
         return output, self.value(output.hidden)
 
@@ -157,11 +157,10 @@ class StockReward(nn.Module):
         super().__init__()
         adapter = rewards.adapter
         assert adapter is not None, "TRL's own loop takes one reward adapter; preflight.py refuses others"
-        self.pad_token_id, self.prefix_scores = adapter.pad_token_id, adapter.prefix_scores
+        self.prefix_scores = adapter.prefix_scores
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> types.SimpleNamespace:
-        ids = input_ids.masked_fill(~attention_mask, self.pad_token_id)  # TRL has put 0 in place of pads
-        return types.SimpleNamespace(hidden_states=[self.prefix_scores(ids)])
+        return types.SimpleNamespace(hidden_states=[self.prefix_scores(input_ids, attention_mask)])
 
     def score(self, scores: Tensor) -> Tensor:
         return scores.unsqueeze(-1)
@@ -169,13 +168,14 @@ class StockReward(nn.Module):
 
 @dataclass
 class Rollout:
-    """One batch of experience; all but the first two and `scores` are [batch, response].
+    """One batch of experience; all but the first three, `scores` and `ended` are [batch, response].
 
     `mask` marks the response's tokens, eos included, of rows that have a score. `value_mask` marks one position more where
     there is room: the state after the last token, where TRL puts the score.
     """
 
     query_responses: Tensor  # [batch, context + response]
+    attention: Tensor  # which of them are tokens, [batch, context + response]
     context_length: int
     mask: Tensor
     logprobs: Tensor  # as the training pass computes them; the ratio starts at exactly 1
@@ -186,6 +186,7 @@ class Rollout:
     reference_logprobs: Tensor
     reference_hidden: Tensor | None  # [batch, response, hidden], for `full_kl`
     scores: Scores
+    ended: Tensor  # whether a response has an end, [batch]
 
     @property
     def responses(self) -> Tensor:
@@ -333,8 +334,8 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
                 failure = error
         stop_together(failure)
 
-    def _batches(self) -> Iterator[tuple[Tensor, dict[str, list]]]:
-        """Queries [batch, context], and their rows of the dataset; goes on where a checkpoint left off.
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, dict[str, list]]]:
+        """Queries and which of them are tokens, [batch, context], and their rows of the dataset, from where a checkpoint ended.
 
         The order of a pass is drawn again from the random state it was drawn from, and what was seen is passed over.
         """
@@ -352,54 +353,60 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
                     if self.batches_seen == seen:
                         restore_random_state(self.mine["random"])
                     continue
-                yield batch["input_ids"].to(self.accelerator.device), self.prompts[batch["row"].tolist()]
+                queries, attention = (batch[key].to(self.accelerator.device) for key in ("input_ids", "attention_mask"))
+                yield queries, attention, self.prompts[batch["row"].tolist()]
             seen = 0
 
     @torch.no_grad()
-    def rollout(self, queries: Tensor, rows: dict[str, list]) -> Rollout:
+    def rollout(self, queries: Tensor, attention: Tensor, rows: dict[str, list]) -> Rollout:
         """Samples a response to each query and reads what every role says of it.
 
         Args:
             queries: padded on the left, [batch, context].
+            attention: which of them are tokens, [batch, context].
             rows: the dataset's columns of the same prompts.
         """
-        args, pad = self.args, self.processing_class.pad_token_id
+        args, size = self.args, self.args.local_rollout_forward_batch_size
         policy_and_value = self.accelerator.unwrap_model(self.model)
+        policy, ends = policy_and_value.policy, self.roles.ends
         context = queries.shape[1]
+        sampled = Sampled.joined([
+            sample_completions(policy, *chunk, ends, args.response_length, args.temperature)
+            for chunk in zip(queries.split(size), attention.split(size), strict=True)
+        ])  # fmt: skip
         parts = []
-        sampled = [
-            sample_completions(policy_and_value.policy, chunk, self.processing_class, args.response_length, args.temperature)
-            for chunk in queries.split(args.local_rollout_forward_batch_size)
-        ]
-        query_responses, sampling_logprobs = (torch.cat(part) for part in zip(*sampled, strict=True))
-        for chunk in query_responses.split(args.local_rollout_forward_batch_size):
+        for chunk in zip(sampled.sequences.split(size), sampled.attention.split(size), strict=True):
             if args.reference == "none":
-                output, values = policy_and_value(chunk, context, pad, args.temperature)
+                output, values = policy_and_value(*chunk, context, args.temperature)
                 reference = output
             else:
-                reference = response_forward(self.ref_model, chunk, context, pad, args.temperature)
+                reference = response_forward(self.ref_model, *chunk, context, args.temperature)
                 hidden = reference.hidden if args.full_kl else None
-                output, values = policy_and_value(chunk, context, pad, args.temperature, hidden)
+                output, values = policy_and_value(*chunk, context, args.temperature, hidden)
             kl = output.kl if args.full_kl else token_kl(output.logprobs, reference.logprobs, args.kl_estimator)
             parts.append((output.logprobs, kl, reference.logprobs, reference.hidden, values))
         logprobs, kl, reference_logprobs, reference_hidden, values = (torch.cat(part) for part in zip(*parts, strict=True))
         columns = {name: values for name, values in rows.items() if name not in ("prompt", "input_ids")}
-        samples = Samples(query_responses, context, self.processing_class, rows["prompt"], columns)
+        samples = Samples(
+            sampled.sequences, context, self.processing_class, rows["prompt"], columns, sampled.attention, sampled.ended
+        )
         scores = self._scores_of(samples)
         baseline = torch.zeros_like(values) if scores.prefix is None else scores.prefix[:, context - 1 : -1]
         mask = samples.mask & scores.valid.unsqueeze(1)
         return Rollout(
-            query_responses=query_responses,
+            query_responses=sampled.sequences,
+            attention=sampled.attention,
             context_length=context,
             mask=mask,
             logprobs=logprobs,
-            sampling_logprobs=sampling_logprobs,
+            sampling_logprobs=sampled.logprobs,
             kl=kl * mask,
             reference_logprobs=reference_logprobs,
             reference_hidden=reference_hidden if args.full_kl else None,
             values=(values + baseline) * after_mask(mask, scores.valid),
             baseline=None if scores.prefix is None else baseline,
             scores=scores,
+            ended=sampled.ended,
         )
 
     def _scores_of(self, samples: Samples) -> Scores:
@@ -502,8 +509,8 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         advantage, target = advantages.advantages[rows], advantages.returns[rows]
         output, values = self.model(
             rollout.query_responses[rows],
+            rollout.attention[rows],
             rollout.context_length,
-            self.processing_class.pad_token_id,
             args.temperature,
             None if rollout.reference_hidden is None else rollout.reference_hidden[rows],
         )
@@ -553,7 +560,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
 
         scores, valid = rollout.scores.total, rollout.scores.valid
         sequence_kl, entropy = rollout.kl.sum(1), -(rollout.logprobs * rollout.mask).sum(1)
-        length, ended = rollout.mask.sum(1), (rollout.responses == self.processing_class.eos_token_id).any(1)
+        length, mask = rollout.mask.sum(1), rollout.attention[:, rollout.context_length :]
         ratios = accelerator.gather_for_metrics(stats["val/ratio"])
         return {
             "objective/kl": mean(masked_mean(sequence_kl, valid)),
@@ -564,12 +571,12 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             "objective/scores": mean(masked_mean(scores, valid)),
             "objective/scores_std": mean(whitening_scale(scores, valid).reciprocal()),
             "completions/mean_length": mean(masked_mean(length, valid)),
-            "completions/clipped_ratio": mean((~ended).float()),
+            "completions/clipped_ratio": mean((~rollout.ended).float()),
             "completions/length_score_correlation": mean(correlation(length[valid], scores[valid])),
             **{name: mean(value) for name, value in rollout.scores.metrics().items()},
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
-            "val/num_eos_tokens": int(accelerator.reduce((rollout.responses == self.processing_class.eos_token_id).sum())),
+            "val/num_eos_tokens": int(accelerator.reduce((self.roles.ends.are(rollout.responses) & mask).sum())),
             "val/explained_variance": mean(explained_variance(rollout.values, advantages.returns, rollout.value_mask)),
             "val/sampling_gap": mean(masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), rollout.mask)),
             "lr": self.lr_scheduler.get_last_lr()[0],

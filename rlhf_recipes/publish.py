@@ -13,14 +13,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.data import end_token_ids
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.resume import RESOLVED, SUMMARY
 from rlhf_recipes.roles import load_adapter_policy
-from rlhf_recipes.runs import Run
+from rlhf_recipes.runs import MODEL, Run
 from rlhf_recipes.sampling import model_inputs
 from rlhf_recipes.tables import fenced, markdown_table, markdown_text
 
-MODEL = "model"  # the folder of the merged model in the run's
 # The largest difference between log-probabilities before and after, in nats, by the dtype in which the model is saved: rounding
 # of its weights, a few units in the last place of logits of order ten.
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -42,17 +42,22 @@ def adapter_to_merge(recipe: Recipe) -> Path:
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel | PeftModel, queries: Tensor, pad_token_id: int) -> Tensor:
-    """log pi(. | x) after each of `queries` [prompts, tokens], padded on the left; float64 [prompts, vocabulary]"""
-    inputs = model_inputs(queries.to(model.device), pad_token_id)
+def log_probabilities(model: PreTrainedModel | PeftModel, queries: Tensor, attention: Tensor) -> Tensor:
+    """log pi(. | x) after each of `queries`, float64 [prompts, vocabulary].
+
+    Args:
+        queries: padded on the left, [prompts, tokens].
+        attention: which of them are tokens, [prompts, tokens].
+    """
+    inputs = model_inputs(queries.to(model.device), attention.to(model.device))
     return model(**inputs).logits[:, -1].cpu().double().log_softmax(-1)
 
 
-def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: Tensor) -> dict[str, float]:
+def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: Tensor, attention: Tensor) -> dict[str, float]:
     """Merges, saves under `model/`, loads what was saved, and compares.
 
     Args:
-        queries: prompts on which log-probabilities are compared, [prompts, tokens].
+        queries, attention: prompts on which log-probabilities are compared, as `log_probabilities` takes them.
 
     Returns:
         {"difference", "tolerance", "kl"}: the largest difference of log-probabilities between adapter and what was saved, over
@@ -61,21 +66,23 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
     Raises:
         RecipeError: the difference is beyond what rounding explains; nothing is left under `model/` for others to use.
     """
-    recipe, pad = run.recipe, tokenizer.pad_token_id
+    recipe = run.recipe
     policy = load_adapter_policy(recipe, adapter)
-    before = log_probabilities(policy, queries, pad)
+    before = log_probabilities(policy, queries, attention)
     merged: Any = policy.merge_and_unload()
+    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
     merged.generation_config = GenerationConfig(
         do_sample=True, temperature=recipe.sampling.temperature, top_k=0, top_p=1.0,  # the policy as it was trained and judged
         max_new_tokens=recipe.data.max_completion_tokens,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, stop_strings=recipe.sampling.stop,
     )  # fmt: skip
     run.save_backbone(merged, tokenizer)
     dtype, trusted = getattr(torch, recipe.model.save_dtype), recipe.model.trust_remote_code
     saved = AutoModelForCausalLM.from_pretrained(
         run.folder / MODEL, dtype=dtype, use_safetensors=True, trust_remote_code=trusted
     )
-    after = log_probabilities(saved.float().eval(), queries, pad)
+    after = log_probabilities(saved.float().eval(), queries, attention)
     difference = (after - before)[before > before.amax(-1, keepdim=True) - 10].abs().max().item()
     allowed = TOLERANCE[recipe.model.save_dtype]
     if not difference <= allowed:

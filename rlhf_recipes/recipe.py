@@ -69,6 +69,10 @@ class ModelSection:
     pad_token: str | None = _key(
         "a token of the vocabulary to pad with, where the tokenizer has none, or its eos, as Pythia's and Llama's have", None
     )
+    eos_token: str | None = _key(
+        "the token that ends a text or an answer, where it is not the tokenizer's own: <end_of_turn> of Gemma, <|end|> of Phi-3",
+        None,
+    )
     chat_template: str | None = _key("a Jinja file relative to the recipe, in place of the tokenizer's own template", None)
     save_dtype: Literal["float32", "bfloat16", "float16"] = _key("in which scripts/sft.py writes a backbone", "float32")
     architecture: dict[str, Any] | None = _key(
@@ -78,12 +82,44 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class LoraSection:
-    """The adapter of every trained role; names as in PEFT's LoraConfig."""
+    """The adapter of every trained role; names as in PEFT's LoraConfig (`alpha` and `dropout` are its lora_alpha and
+    lora_dropout)."""
 
     r: Positive = _key("rank", 16)
     alpha: Annotated[float, Gt(0)] = _key("the update is scaled by alpha / r", 32)
     dropout: Annotated[float, Ge(0), Lt(1)] = _key("on the adapter's input while training SFT and rewards", 0.0)
-    target_modules: str | list[str] = _key("PEFT's `target_modules`", "all-linear")
+    target_modules: str | list[str] = _key("the layers with an adapter: names, a pattern, or all-linear", "all-linear")
+    exclude_modules: str | list[str] | None = _key("layers of those that get none", None)
+    target_parameters: list[str] | None = _key("parameters with an adapter that are no layer's, as a mixture's experts", None)
+    layers_to_transform: int | list[int] | None = _key("the numbers of the only layers that get one", None)
+    layers_pattern: str | list[str] | None = _key("the name of the list of layers, for `layers_to_transform`", None)
+    rank_pattern: dict[str, Positive] | None = _key("other ranks, by layer", None)
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] | None = _key("other alphas, by layer", None)
+    modules_to_save: list[str] | None = _key("modules trained and saved whole beside the adapter", None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _key("tokens whose embeddings are trained", None)
+    use_rslora: bool = _key("scale by alpha / sqrt(r): arXiv 2312.03732", False)
+    use_dora: bool = _key("train the weights' magnitudes apart from their directions: arXiv 2402.09353", False)
+    lora_bias: bool = _key("a bias in the adapter's second matrix", False)
+    init_lora_weights: Literal[True, "gaussian"] = _key("how A starts; B starts at 0, and so the policy as the reference", True)
+
+
+# PEFT's other fields.
+_CHANGES_BACKBONE = "it changes the backbone's own weights, which every role shares"
+_UNPROVEN = "a variant of LoRA that the shared roles have not been checked with"
+_BY_STAGE = "each stage sets it"
+LORA_REFUSED = {
+    "bias": _CHANGES_BACKBONE,
+    "layer_replication": _CHANGES_BACKBONE,
+    **dict.fromkeys(("loftq_config", "corda_config", "eva_config", "lora_ga_config"), _CHANGES_BACKBONE),
+    **dict.fromkeys(("use_qalora", "qalora_group_size", "use_bdlora", "velora_config", "monteclora_config"), _UNPROVEN),
+    **dict.fromkeys(("arrow_config", "kasa_config", "ensure_weight_tying", "runtime_config"), _UNPROVEN),
+    "alora_invocation_tokens": "it adapts a part of each text, which weights with a merged adapter cannot",
+    "megatron_config": "it is for Megatron's layers",
+    "megatron_core": "it is for Megatron's layers",
+    "fan_in_fan_out": "PEFT sees by itself how a layer stores its weights",
+    **dict.fromkeys(("task_type", "inference_mode", "base_model_name_or_path", "revision"), _BY_STAGE),
+    **dict.fromkeys(("peft_type", "peft_version", "auto_mapping"), _BY_STAGE),
+}
 
 
 @dataclass(frozen=True)
@@ -187,6 +223,7 @@ class SamplingSection:
     """pi(y|x) is defined at this temperature, for policy and reference alike."""
 
     temperature: Annotated[float, Gt(0)] = _key("1.0 is the model itself, and what DPO assumes", 1.0)
+    stop: list[str] | None = _key("texts with any of which a completion ends, as it does with an end token", None)
 
 
 @dataclass(frozen=True)
@@ -546,6 +583,9 @@ def _constraint_name(constraint: Any) -> str:
 def _build_section(name: str, values: Any, file: str) -> Any:
     cls = SECTIONS[name]
     hints = typing.get_type_hints(cls, include_extras=True)
+    for key in values if name == "lora" and isinstance(values, dict) else ():
+        if key in LORA_REFUSED:
+            raise RecipeError(f"{file}: `lora.{key}` is not taken: {LORA_REFUSED[key]}; leave it out")
     _check_keys(name, values, hints, file)
     given = {key: _coerce(value, hints[key], f"{file}: `{name}.{key}`") for key, value in values.items()}
     for f in dataclasses.fields(cls):

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import Prompt, is_chat
+from rlhf_recipes.data import Prompt, decode_completions, is_chat
 from rlhf_recipes.recipe import RecipeError
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ class Samples:
     sequences: prompt + completion as token ids, padded on both sides, [batch, context + response]
     prompts: as the task gave them
     columns: the dataset's other columns, a list of `batch` values each
+    attention: which of `sequences` are tokens, [batch, context + response]; all of them by default
+    ended: whether a completion has an end, [batch]; by default whether it has an eos
     """
 
     sequences: Tensor
@@ -43,13 +45,22 @@ class Samples:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     columns: dict[str, list] = field(default_factory=dict)
+    attention: Tensor = None  # type: ignore[assignment]
+    ended: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.attention is None:
+            self.attention = torch.ones_like(self.sequences, dtype=torch.bool)
+        if self.ended is None:
+            self.ended = ((self.responses == self.tokenizer.eos_token_id) & self.mask).any(1)
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def __getitem__(self, rows: slice) -> "Samples":
         columns = {name: values[rows] for name, values in self.columns.items()}
-        part = replace(self, sequences=self.sequences[rows], prompts=self.prompts[rows], columns=columns)
+        tensors = {name: getattr(self, name)[rows] for name in ("sequences", "attention", "ended")}
+        part = replace(self, prompts=self.prompts[rows], columns=columns, **tensors)
         if "texts" in vars(self):  # decoded once, and only for those who read text
             part.texts = self.texts[rows]
         return part
@@ -60,21 +71,20 @@ class Samples:
 
     @property
     def mask(self) -> Tensor:
-        """True on the completion's tokens, eos included; [batch, response]"""
-        return (self.responses != self.tokenizer.pad_token_id).cummin(dim=1).values
-
-    @property
-    def ended(self) -> Tensor:
-        """Whether the completion has an eos, [batch]"""
-        return (self.responses == self.tokenizer.eos_token_id).any(1)
+        """True on the completion's tokens, its end included; [batch, response]"""
+        return self.attention[:, self.context_length :]
 
     @cached_property
     def texts(self) -> list[str]:
-        """The completions as text."""
-        return [
-            self.tokenizer.decode(row[keep], skip_special_tokens=True)
-            for row, keep in zip(self.responses, self.mask, strict=True)
-        ]
+        """What the completions add to the texts of their prompts, without special tokens."""
+        prompts, completions = (
+            [row[keep].tolist() for row, keep in zip(ids, kept, strict=True)]
+            for ids, kept in (
+                (self.sequences[:, : self.context_length], self.attention[:, : self.context_length]),
+                (self.responses, self.mask),
+            )
+        )
+        return decode_completions(self.tokenizer, prompts, completions)
 
 
 @dataclass
@@ -119,40 +129,60 @@ class AdapterReward(nn.Module):
 
     Args:
         model: a PEFT sequence classifier with one label.
-        pad_token_id: ignored wherever it stands, so padding side and amount do not matter.
-        ignore_token_id: a token the model was not trained to read (eos, with `reward.read_eos: false`).
+        ends: the end tokens, eos first.
+        read_eos: whether the model was trained to read the end of a finished text; else end tokens are passed over.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, pad_token_id: int, ignore_token_id: int | None = None) -> None:
+    def __init__(self, model: nn.Module, ends: Sequence[int] = (), read_eos: bool = True) -> None:
         super().__init__()
-        self.model = model
-        self.pad_token_id = pad_token_id
-        self.ignore_token_id = ignore_token_id
+        self.model, self.ends, self.read_eos = model, tuple(ends), read_eos
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def score(self, samples: Samples) -> Tensor:
-        return self(samples.sequences)
+        return self(*self._finished(samples))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Scores `input_ids` [batch, tokens] (prompt + completion, padded anyhow); returns float32 [batch]."""
-        hidden, last = self._read(input_ids)
+    def prefix_score(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """`score`, and r of the text up to and with each position [batch, context + response]."""
+        scores = self.prefix_scores(*self._finished(samples))
+        return scores[:, -1], scores[:, : samples.sequences.shape[1]]
+
+    def _finished(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Token ids and which of them are tokens; a completion that ended with a text of `sampling.stop` gets the eos that the
+        model was trained to read."""
+        after = samples.context_length + samples.mask.sum(1)
+        last = samples.sequences.gather(1, after.unsqueeze(1) - 1).squeeze(1)
+        rows = (samples.ended & ~torch.isin(last, torch.tensor(self.ends, device=last.device))).nonzero().squeeze(1)
+        if not self.read_eos or not self.ends or not len(rows):
+            return samples.sequences, samples.attention
+        ids, attention = (nn.functional.pad(tensor, (0, 1)) for tensor in (samples.sequences, samples.attention))
+        ids[rows, after[rows]], attention[rows, after[rows]] = self.ends[0], True
+        return ids, attention
+
+    def forward(self, input_ids: Tensor, attention: Tensor | None = None) -> Tensor:
+        """Scores prompt + completion; returns float32 [batch].
+
+        Args:
+            input_ids: padded anyhow, [batch, tokens].
+            attention: which of them are tokens, [batch, tokens]; all of them by default.
+        """
+        hidden, last = self._read(input_ids, attention)
         return self._score(hidden[torch.arange(len(last)), last[:, -1]])
 
-    def prefix_scores(self, input_ids: Tensor) -> Tensor:
+    def prefix_scores(self, input_ids: Tensor, attention: Tensor | None = None) -> Tensor:
         """r of the text up to and with each position, [batch, tokens] -> float32 [batch, tokens]; the last one is r."""
-        hidden, last = self._read(input_ids)
+        hidden, last = self._read(input_ids, attention)
         return self._score(hidden).gather(1, last)
 
-    def _read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, input_ids: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor]:
         """The trunk's hidden states [batch, tokens, hidden], and the last real token up to each position [batch, tokens]."""
-        mask = input_ids != self.pad_token_id
-        if self.ignore_token_id is not None:
-            mask &= input_ids != self.ignore_token_id
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention is None else attention.bool()
+        if not self.read_eos:
+            mask = mask & ~torch.isin(input_ids, torch.tensor(self.ends, device=input_ids.device))
         classifier = self.model.get_base_model()
         trunk = getattr(classifier, classifier.base_model_prefix)
         hidden = trunk(
@@ -401,9 +431,9 @@ class Rewards(nn.Module):
             for at in range(0, len(samples), batch_size):
                 rows = slice(at, at + batch_size)
                 if prefix_sum is not None and isinstance(term.scorer, AdapterReward):
-                    scores = term.scorer.prefix_scores(samples.sequences[rows])
-                    prefix_sum[rows] += term.shaped(scores)
-                    parts.append(scores[:, -1])
+                    scores, prefixes = term.scorer.prefix_score(samples[rows])
+                    prefix_sum[rows] += term.shaped(prefixes)
+                    parts.append(scores)
                 else:
                     parts.append(term.scorer.score(samples[rows]))
             raw[name] = torch.cat(parts)

@@ -5,17 +5,22 @@ adapter, the reference nothing (the policy with its adapters off), the value a h
 and head, the reward a LoRA adapter and score head. Sharing frozen tensors is safe: no optimizer touches them.
 """
 
+import copy
+import itertools
 import json
+import re
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from unittest import mock
 
 import torch
-from accelerate import PartialState, init_empty_weights
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -28,12 +33,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_recipes.data import loading
-from rlhf_recipes.lora import use_lean_lora
+from rlhf_recipes.data import Ends, end_token_ids, load_ends, loading
+from rlhf_recipes.lora import is_plain, use_lean_lora
 from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm, nearest
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, ModelReward, Rewards, Term
 from rlhf_recipes.tasks import load_task, task_function
+
+M = TypeVar("M", bound=nn.Module)
+
+# Models whose kernels read the weights of these layers and never call them, so that an adapter there is passed over.
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_MAMBA_LAYERS = ("out_proj", "conv1d", "dt_proj")
 
 
 class Reference(nn.Module):
@@ -120,13 +133,19 @@ class ValueAdapter(ValueHead):
 
 @dataclass
 class Roles:
-    """The four roles of RLHF, and the tokenizer they share."""
+    """The four roles of RLHF, and what they share.
+
+    backbone: without any adapter; modules of its own over the very same weights.
+    ends: where a completion ends.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     policy: PeftModel
     reference: Reference
     value: ValueHead
     reward: Rewards
+    backbone: PreTrainedModel
+    ends: Ends
 
 
 @contextmanager
@@ -160,8 +179,61 @@ def load_backbone(recipe: Recipe) -> PreTrainedModel:
     for module in filter(_is_4bit, model.modules()):
         # on such CPUs an evaluation would repack the weights, after which no gradient passes them
         module.support_avx512bf16_for_cpu = False
-    _check_head(model, recipe)
+    _check_weights(model, recipe)
     return model
+
+
+def keep_in_evaluation(model: M) -> M:
+    """From now on `train()` leaves the transformers models in `model` in evaluation mode, except LoRA's own dropout.
+
+    A policy with dropout is another one in training than the one that was sampled. TRL sets the probability of dropout modules
+    to 0 (`disable_dropout_in_model`), which models that call the function (OPT, BioGPT, Falcon) never look at. Gradient
+    checkpointing, which layers do in training mode alone, still works: while it runs a layer, that one is in evaluation mode.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.eval()
+            module.train = types.MethodType(_train_adapters, module)
+    return model
+
+
+def _train_adapters(self: nn.Module, mode: bool = True) -> nn.Module:
+    for module in self.modules():
+        if isinstance(module, LoraLayer):
+            module.training = mode
+            module.lora_dropout.train(mode)
+        elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = mode
+            checkpoint = module._gradient_checkpointing_func
+            if getattr(checkpoint, "func", None) is not _checkpoint_in_evaluation:
+                module._gradient_checkpointing_func = partial(_checkpoint_in_evaluation, checkpoint)
+    return self
+
+
+def _checkpoint_in_evaluation(checkpoint: Callable[..., Any], forward: "partial[Any]", *args: Any) -> Any:
+    """`forward` is a layer's, bound to it as GradientCheckpointingLayer does; it runs once more in the backward pass."""
+    (layer,) = forward.args
+
+    def in_evaluation(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_evaluation, *args)
+
+
+def shared_copy(model: M) -> M:
+    """Modules of their own over the very same parameters and buffers: an adapter put into one is not in the other."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """Of the trunk's last hidden state: what the output embedding reads, which OPT-350M's config calls by another name than
+    the width of its layers."""
+    return model.get_output_embeddings().in_features
 
 
 def _loading(recipe: Recipe) -> dict[str, Any]:
@@ -230,19 +302,12 @@ def _loading_adapter(what: str, recipe: Recipe) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Log-probabilities are computed as softmax(head(trunk)): refused where the model does more, as Gemma's soft cap does."""
-    ids = torch.arange(4, device=model.device).unsqueeze(0)
-    hidden, logits = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+def _check_weights(model: PreTrainedModel, recipe: Recipe) -> None:
+    logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0)).logits
     if not logits.isfinite().all():
         raise RecipeError(
             f"`model.path` {recipe.model.path}: its logits are not finite: the weights are damaged, or `model.dtype` "
             f"{recipe.model.dtype} overflows"
-        )
-    if not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=1e-3, rtol=1e-2):
-        raise RecipeError(
-            f"`model.path` {recipe.model.path}: {type(model).__name__} changes its logits after the output embedding "
-            f"(final_logit_softcapping, logit_scale or the like), which the policy stages do not follow; use another backbone"
         )
 
 
@@ -265,52 +330,84 @@ def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraC
         task_type: "CAUSAL_LM" or "SEQ_CLS" (which also trains the score head).
         training: dropout is for supervised stages; in PPO it would make the policy differ from the sampler.
     """
-    lora = recipe.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout if training else 0.0,
-        target_modules=lora.target_modules,
-        task_type=task_type,
-    )
+    fields = {key: value for key, value in vars(recipe.lora).items() if value is not None}
+    alpha, dropout = fields.pop("alpha"), fields.pop("dropout")
+    return LoraConfig(**fields, lora_alpha=alpha, lora_dropout=dropout if training else 0.0, task_type=task_type)
 
 
 def with_new_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str, training: bool = False) -> PeftModel:
-    """`model` with an adapter that changes nothing yet; see `lora_config`."""
+    """`model` with an adapter that changes nothing yet; see `lora_config`.
+
+    With `all-linear` those layers get none that PEFT refuses (Mamba's kernels pass them over) or that read no text (of models
+    that also see images). `modules_to_save` that a classifier does not have, such as the output embedding, are left out of it.
+    """
+    config = lora_config(recipe, task_type, training)
     with (
         loading(f"`lora` with target_modules {recipe.lora.target_modules}", f"does not fit {recipe.model.path}"),
         _known_as_4bit(model),
     ):
-        return get_peft_model(model, lora_config(recipe, task_type, training))
+        if config.target_modules == "all-linear":
+            given = config.exclude_modules or []
+            names = [name for name, _ in model.named_modules()]
+            matched = [name for name in names if re.fullmatch(given, name)] if isinstance(given, str) else given
+            uncalled = _MAMBA_LAYERS if model.config.model_type in _MAMBA else ()
+            config.exclude_modules = [*matched, *uncalled, *_outside_the_text_model(model)] or None
+        if config.modules_to_save and task_type == "SEQ_CLS":
+            present = {part for name, _ in model.named_modules() for part in name.split(".")}
+            config.modules_to_save = [name for name in config.modules_to_save if name in present] or None
+        return get_peft_model(model, config)
 
 
-def build_classifier(backbone: PreTrainedModel, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected).
+def _outside_the_text_model(model: PreTrainedModel) -> list[str]:
+    """The linear layers that read images or sound, by name."""
+    prefix = model.base_model_prefix
+    trunk = getattr(model, prefix)
+    inside = set(getattr(trunk, "language_model", trunk).modules())
+    return [
+        name for name, module in trunk.named_modules(prefix=prefix) if isinstance(module, nn.Linear) and module not in inside
+    ]
 
-    Args:
-        trust_remote_code: as the backbone was loaded.
+
+class SequenceClassifier:
+    """A head with one label on a family's trunk, before which `build_classifier` puts the family's PreTrainedModel.
+
+    Its weights have the names that transformers' own classifiers of that family give theirs. It reads the score where the mask
+    says that a text ends; theirs look for the last token that is not the pad, and not every family has one.
     """
+
+    def __init__(self, config: Any, trunk: nn.Module, width: int) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.post_init()  # type: ignore[attr-defined] # before there are weights, which it would draw
+        setattr(self, self.base_model_prefix, trunk)  # type: ignore[attr-defined]
+        self.score = nn.Linear(width, 1, bias=False, dtype=torch.float32, device=trunk.device)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        """[batch, tokens], padded on the right -> logits [batch, 1]"""
+        trunk = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        last = (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        return SequenceClassifierOutput(logits=self.score(hidden.float())[torch.arange(len(last), device=mask.device), last])
+
+
+def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A sequence classifier with one label over the very tensors of `backbone` (call before adapters are injected)."""
+    trunk = shared_copy(getattr(backbone, backbone.base_model_prefix))
+    family = next(cls for cls in type(trunk).__mro__ if PreTrainedModel in cls.__bases__)
+    name = f"{type(backbone).__name__.partition('For')[0]}ForSequenceClassification"
     config = type(backbone.config)(**{**backbone.config.to_dict(), "num_labels": 1})
-    attention = backbone.config._attn_implementation
-    with init_empty_weights(include_buffers=False):
-        classifier = AutoModelForSequenceClassification.from_config(
-            config, dtype=backbone.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
-    theirs, ours = getattr(backbone, backbone.base_model_prefix), getattr(classifier, classifier.base_model_prefix)
-    shared = {name: module for name, module in theirs.named_modules() if _is_4bit(module)}  # such weights are no plain tensors
-    plain = {key: value for key, value in theirs.state_dict().items() if key.rpartition(".weight")[0] not in shared}
-    ours.load_state_dict(plain, assign=True, strict=not shared)
-    for name, module in shared.items():
-        ours.set_submodule(name, module)
+    made: Any = type(name, (SequenceClassifier, family), {"base_model_prefix": backbone.base_model_prefix})
+    classifier = made(config, trunk, hidden_width(backbone))
     classifier.name_or_path = backbone.name_or_path
-    classifier.score = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32, device=backbone.device)
     return classifier.requires_grad_(False)
 
 
 def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
     """What a supervised stage trains: the backbone ("CAUSAL_LM") or a classifier over it ("SEQ_CLS") with a new adapter."""
     backbone = load_backbone(recipe)
-    model = build_classifier(backbone, recipe.model.trust_remote_code) if task_type == "SEQ_CLS" else backbone
+    model = build_classifier(backbone) if task_type == "SEQ_CLS" else backbone
     return with_new_adapter(model, recipe, task_type, training=True)
 
 
@@ -333,11 +430,11 @@ def load_adapter_reward(
     recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> AdapterReward:
     with _loading_adapter(f"the reward's `adapter` {spec.adapter}", recipe):
-        classifier = build_classifier(backbone, recipe.model.trust_remote_code)
+        classifier = build_classifier(backbone)
         model = _load_adapter(classifier, recipe.path(str(spec.adapter)))
     use_lean_lora(model)
-    eos = None if spec.read_eos else tokenizer.eos_token_id
-    return AdapterReward(model.requires_grad_(False).eval(), tokenizer.pad_token_id, ignore_token_id=eos)
+    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
+    return AdapterReward(model.requires_grad_(False).eval(), ends, spec.read_eos)
 
 
 def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
@@ -370,11 +467,11 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
 def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:
     """The value function of `ppo.value`: "trunk" or "adapter" (call before the policy's adapters are injected)."""
     if kind == "trunk":
-        return ValueHead(backbone.config.hidden_size)
-    model = with_new_adapter(build_classifier(backbone, recipe.model.trust_remote_code), recipe, "SEQ_CLS")
+        return ValueHead(hidden_width(backbone))
+    model = with_new_adapter(build_classifier(backbone), recipe, "SEQ_CLS")
     use_lean_lora(model)
     trunk = model.get_base_model()
-    return ValueAdapter(getattr(trunk, trunk.base_model_prefix), backbone.config.hidden_size)
+    return ValueAdapter(getattr(trunk, trunk.base_model_prefix), hidden_width(backbone))
 
 
 def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str = "trunk", policy: Path | None = None) -> Roles:
@@ -384,38 +481,41 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
         value: "trunk" or "adapter".
         policy: a trained adapter to start from; None starts a new one, at which policy equals reference exactly.
     """
-    backbone = load_backbone(recipe)
+    backbone = keep_in_evaluation(load_backbone(recipe))
     reward = load_rewards(recipe, backbone, tokenizer)
     torch.manual_seed(recipe.run.seed)  # the same start whatever was built before, here and below
     value_role = build_value(recipe, backbone, value)
     if policy is None:
         torch.manual_seed(recipe.run.seed)
-        policy_role = with_new_adapter(backbone, recipe, "CAUSAL_LM")
+        policy_role = with_new_adapter(shared_copy(backbone), recipe, "CAUSAL_LM")
     else:
         with _loading_adapter(str(policy), recipe):
-            policy_role = _load_adapter(backbone, policy, is_trainable=True)
+            policy_role = _load_adapter(shared_copy(backbone), policy, is_trainable=True)
     use_lean_lora(policy_role)
-    return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward)
+    return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward, backbone, load_ends(recipe, tokenizer))
+
+
+def load_policy_adapter(backbone: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:
+    """A policy of its own over the weights of `backbone`: any LoRA that PEFT loads, however it was made.
+
+    Raises:
+        RecipeError: it is no LoRA, a reward's, or does not fit the backbone.
+    """
+    with loading(str(folder)):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("task_type") == "SEQ_CLS":  # PEFT would load it into a policy without a word
+        raise RecipeError(f"{folder}: an adapter of a reward model, not of a policy")
+    if config.get("peft_type") != "LORA":
+        raise RecipeError(f"{folder}: an adapter of the type {config.get('peft_type')}; policies here are LoRA adapters")
+    shares = config.get("bias", "none") == "none" and config.get("init_lora_weights", True) in (True, False, "gaussian")
+    own = shared_copy(backbone) if shares else copy.deepcopy(backbone)  # others change the backbone's weights as they load
+    with _loading_adapter(str(folder), recipe):
+        return _load_adapter(own, folder).eval()
 
 
 def load_adapter_policy(recipe: Recipe, folder: Path) -> PeftModel:
-    """The backbone with the adapter of `folder`.
-
-    Raises:
-        RecipeError: it does not fit the backbone.
-    """
-    _check_policy(folder)
-    backbone = load_backbone(recipe)
-    with _loading_adapter(str(folder), recipe):
-        return _load_adapter(backbone, folder).eval()
-
-
-def _check_policy(folder: Path) -> None:
-    """PEFT would load a reward's adapter into a policy without a word."""
-    with loading(str(folder)):
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
-    if kind == "SEQ_CLS":
-        raise RecipeError(f"{folder}: an adapter of a reward model, not of a policy")
+    """The backbone with the adapter of `folder`; see `load_policy_adapter`."""
+    return load_policy_adapter(load_backbone(recipe), folder, recipe)
 
 
 @contextmanager
@@ -429,17 +529,7 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
     if folder is None:
         yield roles.reference
     elif (folder / "adapter_config.json").is_file():
-        _check_policy(folder)
-        with _loading_adapter(str(folder), recipe), safetensors_only():
-            if lost := roles.policy.load_adapter(str(folder), adapter_name="judged").missing_keys:
-                raise ValueError(f"{len(lost)} of its weights are missing, such as {lost[0]}")
-        before = roles.policy.active_adapter
-        roles.policy.set_adapter("judged")
-        try:
-            yield roles.policy
-        finally:
-            roles.policy.set_adapter(before)
-            roles.policy.delete_adapter("judged")
+        yield load_policy_adapter(roles.backbone, folder, recipe)
     else:
         with loading(str(folder)), safetensors_only():
             model = _pretrained(AutoModelForCausalLM, folder, **_loading(recipe))
@@ -449,22 +539,40 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
         yield model.requires_grad_(False).eval().to(roles.policy.device)
 
 
+def can_merge(policy: PeftModel) -> bool:
+    """Whether weights alone can hold the policy: a bias of the adapter's needs one of the layer's."""
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    biased = [layer for layer in layers if any(layer.lora_bias.get(name) for name in layer.active_adapters)]
+    return all(getattr(layer.get_base_layer(), "bias", None) is not None for layer in biased)
+
+
 @contextmanager
 def merged_adapters(policy: PeftModel) -> Iterator[PeftModel]:
     """Generates at the backbone's own speed: inside, W + BA stands in for W; outside, W is the very same tensor again.
 
-    Only the policy's own parameters point to the merged copies, so roles that share W never see them. Costs one copy of
-    the adapted matrices while it lasts.
+    Only the policy's own modules point to the merged copies, so roles that share W never see them, and neither does an output
+    embedding that is tied to an adapted one. What is not plain LoRA, PEFT merges. Costs one copy of the adapted matrices while
+    it lasts.
     """
     layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
-    base = [layer.get_base_layer().weight for layer in layers]
-    originals = [weight.data for weight in base]
+    originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
     try:
-        for layer, weight in zip(layers, base, strict=True):
-            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-            weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
-        with policy.disable_adapter():
-            yield policy
+        for layer in layers:
+            base, names = layer.get_base_layer(), [name for name in layer.active_adapters if name in layer.r]
+            own = originals.setdefault(base, dict(base._parameters))
+            if is_plain(layer, names):
+                weight, delta = base.weight, sum(layer.get_delta_weight(name) for name in names)
+                base.weight = nn.Parameter((weight.float() + delta.float()).to(weight.dtype), requires_grad=False)
+                layer.merged_adapters += names
+            elif names:
+                for name, parameter in own.items():
+                    if parameter is not None and base._parameters[name] is parameter:
+                        base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                layer.merge(adapter_names=names)
+        yield policy
     finally:
-        for weight, original in zip(base, originals, strict=True):
-            weight.data = original
+        for base, own in originals.items():
+            base._parameters.update(own)
+        for layer in layers:
+            layer.merged_adapters.clear()
+            layer._caches.clear()  # what PEFT would need to take a merge out again

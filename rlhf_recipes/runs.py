@@ -35,6 +35,9 @@ _TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
 _GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 
 
+MODEL = "model"  # the folder of a whole model in a run's
+
+
 @dataclass
 class Run:
     """One run of one stage; on processes other than the main one it writes nothing."""
@@ -190,8 +193,8 @@ class Run:
         if self.main:
             import torch
 
-            model.to(getattr(torch, self.recipe.model.save_dtype)).save_pretrained(self.folder / "model")
-            tokenizer.save_pretrained(self.folder / "model")
+            model.to(getattr(torch, self.recipe.model.save_dtype)).save_pretrained(self.folder / MODEL)
+            tokenizer.save_pretrained(self.folder / MODEL)
 
     def save_adapter(self, model: PeftModel, folder: Path) -> None:
         """An adapter (and its score head) in PEFT's format, as safetensors."""

@@ -1,5 +1,10 @@
-"""Sampling completions and reading their log-probabilities: one way for training and evaluation alike."""
+"""Sampling completions and reading their log-probabilities: one way for training and evaluation alike.
 
+Rows of prompt + completion are padded on both sides. A mask says which positions are tokens, never a token's id: a
+text may hold the pad token, and a model may draw it.
+"""
+
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,20 +13,43 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rlhf_recipes.logprobs import token_statistics
-from rlhf_recipes.roles import Reference, merged_adapters
+from rlhf_recipes.data import Ends
+from rlhf_recipes.logprobs import Head, token_statistics
+from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.roles import Reference, can_merge, merged_adapters
+
+
+@dataclass
+class Sampled:
+    """Completions as they were drawn.
+
+    sequences: token ids of prompt + completion, [batch, context + response]
+    attention: which of them are tokens and not padding, [batch, context + response]
+    logprobs: log pi of each token as it was drawn, zero where there is none, [batch, response]
+    ended: whether a completion has an end, [batch]
+    """
+
+    sequences: Tensor
+    attention: Tensor
+    logprobs: Tensor
+    ended: Tensor
+
+    @classmethod
+    def joined(cls, parts: "list[Sampled]") -> "Sampled":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
 @torch.no_grad()
 def sample_completions(
     policy: PreTrainedModel | PeftModel | Reference,
     queries: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    attention: Tensor,
+    ends: Ends,
     max_new_tokens: int,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
+) -> Sampled:
     """Samples one completion a row from softmax(logits / temperature); no top-k, no top-p, no scores kept.
 
     The same distribution as `model.generate(do_sample=True, top_k=0)`, in less time: the output embedding sees one position
@@ -30,37 +58,39 @@ def sample_completions(
     Args:
         policy: a float32 LoRA policy's adapters are merged meanwhile.
         queries: token ids padded on the left, [batch, context].
-
-    Returns:
-        query_responses [batch, context + max_new_tokens]; after eos, pad. And log pi of each sampled token as it was
-        drawn, [batch, max_new_tokens], zero after eos.
+        attention: which of them are tokens, [batch, context].
     """
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    responses = queries.new_full((len(queries), max_new_tokens), pad)
-    logprobs = torch.zeros(len(queries), max_new_tokens, device=queries.device)
-    mask = queries != pad
-    inputs = model_inputs(queries, pad)
-    ended = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    batch = len(queries)
+    responses = queries.new_full((batch, max_new_tokens), ends.pad)
+    drawn = torch.zeros(batch, max_new_tokens, dtype=torch.bool, device=queries.device)
+    logprobs = torch.zeros(batch, max_new_tokens, device=queries.device)
+    mask = attention.bool()
+    inputs: dict[str, Any] = model_inputs(queries, mask)
+    ended = torch.zeros(batch, dtype=torch.bool, device=queries.device)
     with _speaking(policy) as model:
         trunk, head = trunk_and_head(model)
-        cache = DynamicCache(config=trunk.config)
+        cache = "cache_params" if "cache_params" in inspect.signature(trunk.forward).parameters else "past_key_values"
+        past: dict[str, Any] = {}  # the model makes the cache that suits it
         for t in range(max_new_tokens):
-            hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            probabilities = torch.softmax(head(hidden).float() / temperature, dim=-1)
+            output = trunk(**inputs, **past, use_cache=True)
+            past = {cache: getattr(output, cache, None)}
+            if past[cache] is None:
+                raise RecipeError(f"{type(trunk).__name__} hands over no cache to sample with; use another backbone")
+            probabilities = torch.softmax(head(output.last_hidden_state[:, -1]) / temperature, dim=-1)
             tokens = sample_tokens(probabilities)
             logprobs[:, t] = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0)
-            tokens = tokens.masked_fill(ended, pad)
-            responses[:, t] = tokens
-            ended |= tokens == eos
+            responses[:, t] = tokens = tokens.masked_fill(ended, ends.pad)
+            drawn[:, t] = ~ended
+            ended = ended | ends.reached(responses[:, : t + 1])
             if ended.all():
                 break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
             inputs = {
                 "input_ids": tokens.unsqueeze(1),
-                "attention_mask": mask,
+                "attention_mask": mask if cache == "past_key_values" else None,  # a recurrent state holds no padding
                 "position_ids": inputs["position_ids"][:, -1:] + 1,
             }
-    return torch.cat([queries, responses], dim=1), logprobs
+    return Sampled(torch.cat([queries, responses], 1), torch.cat([attention.bool(), drawn], 1), logprobs, ended)
 
 
 def sample_tokens(probabilities: Tensor) -> Tensor:
@@ -71,10 +101,13 @@ def sample_tokens(probabilities: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, chance, right=True).squeeze(1).clamp(max=probabilities.shape[1] - 1)
 
 
-def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, nn.Module]:
-    """The transformer below the logits, adapters included, and the output embedding."""
+def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Head]:
+    """The transformer below the logits, adapters included, and what makes logits of its last hidden state."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    config, embedding = model.config.get_text_config(), model.get_output_embeddings()
+    if config.model_type == "modernbert-decoder":  # the one causal model with layers of its own between trunk and embedding
+        embedding = nn.Sequential(model.lm_head, embedding)
+    return getattr(model, model.base_model_prefix), Head.of(embedding, config)
 
 
 @contextmanager
@@ -85,7 +118,7 @@ def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> Iterator[Any]:
     """
     if isinstance(policy, Reference):
         weights: AbstractContextManager = policy.speaking()
-    elif isinstance(policy, PeftModel) and policy.dtype == torch.float32:
+    elif isinstance(policy, PeftModel) and policy.dtype == torch.float32 and can_merge(policy):
         weights = merged_adapters(policy)
     else:
         weights = nullcontext(policy)
@@ -115,46 +148,42 @@ class ResponseOutput:
     kl: Tensor | None
 
 
-def model_inputs(query_responses: Tensor, pad_token_id: int) -> dict[str, Tensor]:
-    """Ids, mask and positions in which pads do not count, wherever they stand (as TRL's `forward`)."""
-    mask = query_responses != pad_token_id
+def model_inputs(sequences: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    """Ids, mask and positions in which padding does not count, wherever it stands (as TRL's `forward`); all [batch, tokens]"""
+    mask = attention.bool()
     return {
-        "input_ids": query_responses.masked_fill(~mask, 0),
+        "input_ids": sequences.masked_fill(~mask, 0),
         "attention_mask": mask,
         "position_ids": mask.cumsum(1) - mask.long(),
     }
 
 
-def predicting_inputs(query_responses: Tensor, pad_token_id: int) -> dict[str, Tensor]:
+def predicting_inputs(sequences: Tensor, attention: Tensor) -> dict[str, Tensor]:
     """`model_inputs` without the last token, which predicts none of the others."""
-    return {name: values[:, :-1] for name, values in model_inputs(query_responses, pad_token_id).items()}
+    return {name: values[:, :-1] for name, values in model_inputs(sequences, attention).items()}
 
 
 def response_forward(
     policy: PreTrainedModel | PeftModel | Reference,
-    query_responses: Tensor,
+    sequences: Tensor,
+    attention: Tensor,
     context_length: int,
-    pad_token_id: int,
     temperature: float,
     reference_hidden: Tensor | None = None,
 ) -> ResponseOutput:
     """Runs `policy` over [batch, context + response]; no logits outlive a chunk of the response's tokens.
 
     Args:
+        attention: which of `sequences` are tokens, [batch, context + response].
         reference_hidden: the reference's `hidden` of the same tokens; its distributions are rebuilt from that, since the
             hidden states are hundreds of times smaller than the logits.
     """
     if isinstance(policy, Reference):
         with policy.speaking() as backbone:
-            return response_forward(backbone, query_responses, context_length, pad_token_id, temperature, reference_hidden)
+            return response_forward(backbone, sequences, attention, context_length, temperature, reference_hidden)
     trunk, head = trunk_and_head(policy)
-    hidden = trunk(**predicting_inputs(query_responses, pad_token_id), use_cache=False).last_hidden_state
+    hidden = trunk(**predicting_inputs(sequences, attention), use_cache=False).last_hidden_state
     hidden = hidden[:, context_length - 1 :]
-    targets = query_responses[:, context_length:]
+    targets = sequences[:, context_length:]
     logprobs, entropy, kl = token_statistics(hidden, targets, head, temperature, reference_hidden)
     return ResponseOutput(logprobs, entropy, hidden, kl)
-
-
-def response_mask(responses: Tensor, pad_token_id: int) -> Tensor:
-    """True on the response's tokens, eos included, False on the padding after it; [batch, response]."""
-    return (responses != pad_token_id).cummin(dim=1).values

@@ -20,7 +20,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import DPOConfig, refused_by_trl, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-    from rlhf_recipes.doctor import examine
+    from rlhf_recipes.doctor import examine, read_back_policy
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
     from rlhf_recipes.evaluation import judge_policy, prepare_rewards
     from rlhf_recipes.roles import build_roles
@@ -65,6 +65,8 @@ def main(recipe: Recipe) -> dict:
 
     roles = trainer.whole_roles(recipe)  # see engines.py
     run.save_adapter(roles.policy, run.folder)
+    if run.main:
+        read_back_policy(run.folder, roles, held_out, recipe)
     return judge_policy(run, roles, held_out, optional_gold(task))
 
 

@@ -13,7 +13,7 @@ from rlhf_recipes.recipe import Recipe
 @command("merge", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
+    from rlhf_recipes.data import load_tokenizer, pad_left, tokenize_prompts
     from rlhf_recipes.publish import MODEL, adapter_to_merge, card, merge, upload
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task
@@ -21,13 +21,13 @@ def main(recipe: Recipe) -> dict:
     task, tokenizer, adapter = load_task(recipe), load_tokenizer(recipe), adapter_to_merge(recipe)
     prompts = load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, limit=10)
-    queries = tokenizer.pad({"input_ids": prompts["input_ids"][:]}, return_tensors="pt")["input_ids"]
+    queries = pad_left(prompts["input_ids"][:], tokenizer.pad_token_id)
 
     run = Run.prepare(recipe, "merge")
     run.start()
     address = None
     if run.main:
-        checked = merge(run, tokenizer, adapter, queries)
+        checked = merge(run, tokenizer, adapter, *queries)
         (run.folder / MODEL / "README.md").write_text(card(recipe, adapter, checked), encoding="utf-8")
         if recipe.merge.push:
             address = upload(run.folder / MODEL, recipe.merge.push, recipe.merge.private)

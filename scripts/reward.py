@@ -20,6 +20,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import refused_by_trl, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_pairs
+    from rlhf_recipes.doctor import examine_reward, read_back_reward
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
     from rlhf_recipes.resumable import RewardTrainer
@@ -42,6 +43,7 @@ def main(recipe: Recipe) -> dict:
     with refused_by_trl("reward_training"):
         trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.try_optimizer()
+    examine_reward(trainer, tokenizer, recipe)
 
     run = Run.prepare(recipe, "reward")
     run.start()
@@ -49,8 +51,10 @@ def main(recipe: Recipe) -> dict:
     trainer.train()
 
     model = whole_model(trainer, build)
-    accuracy = pairwise_accuracy(AdapterReward(model.eval(), tokenizer.pad_token_id), evaluation, recipe.evaluate.batch_size)
+    accuracy = pairwise_accuracy(AdapterReward(model.eval()), evaluation, recipe.evaluate.batch_size)
     run.save_adapter(model, run.folder / "adapter")
+    if run.main:
+        read_back_reward(run.folder / "adapter", model, evaluation)
     return run.finish({"train_pairs": len(train), "eval_pairs": len(evaluation), "eval_accuracy": accuracy})
 
 

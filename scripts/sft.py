@@ -18,12 +18,19 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
-    from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
+    from rlhf_recipes.data import (
+        complete_tokenizer,
+        load_tokenizer,
+        texts_of,
+        tokenize_demonstrations,
+        train_readable_tokenizer,
+    )
+    from rlhf_recipes.doctor import examine_sft, read_back_backbone
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.resumable import SFTTrainer
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
-    from rlhf_recipes.runs import Run
+    from rlhf_recipes.runs import MODEL, Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task = load_task(recipe)
@@ -31,22 +38,22 @@ def main(recipe: Recipe) -> dict:
 
     from_scratch = recipe.stages["sft"].get("from_scratch", False)
     if from_scratch:
-        tokenizer = train_tokenizer(texts_of(train), recipe.model.architecture["vocab_size"])
+        architecture = recipe.model.architecture
+        tokenizer = train_readable_tokenizer(texts_of(train), architecture["vocab_size"], architecture["model_type"])
         complete_tokenizer(tokenizer, recipe)
         build = partial(build_backbone, recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(recipe)
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
-    sft_keys = sft_fields(train)
-    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     model = build()
-
-    args = stage_config(SFTConfig, recipe, "sft", **sft_keys)
+    args = stage_config(SFTConfig, recipe, "sft", **sft_fields(train, model))
+    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     with refused_by_trl("sft"):
         trainer = SFTTrainer(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
+    examine_sft(trainer, tokenizer, recipe)
 
     run = Run.prepare(recipe, "sft")
     run.start()
@@ -56,8 +63,12 @@ def main(recipe: Recipe) -> dict:
     loss = trainer.evaluate()["eval_loss"]
     model = whole_model(trainer, build)
     model = model if from_scratch else model.merge_and_unload()
-    run.write_lines("samples.jsonl", sample_texts(model.eval(), tokenizer, task, recipe))
+    samples = sample_texts(model.eval(), tokenizer, task, recipe)
+    run.write_lines("samples.jsonl", samples)
     run.save_backbone(model, tokenizer)
+    if run.main:
+        texts = [row["prompt"] + row["completion"] for row in samples]
+        read_back_backbone(run.folder / MODEL, model, tokenizer, texts)
     return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
 
 

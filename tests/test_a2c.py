@@ -23,7 +23,7 @@ def test_the_gradient_is_the_textbooks(tiny, tmp_path):
     loss, stats = trainer.loss(rollout, Advantages(advantages, returns, torch.tensor(1.0)), rows, tokens, states)
     mine = torch.autograd.grad(loss, parameters.values())
 
-    output, values = trainer.model(rollout.query_responses, rollout.context_length, 0, 1.0)
+    output, values = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     policy_loss = -(advantages * output.logprobs * rollout.mask).sum() / tokens
     value_loss = 0.5 * ((values - returns).square() * rollout.value_mask).sum() / states
     plain = torch.autograd.grad(policy_loss + 0.3 * value_loss, parameters.values())

@@ -56,10 +56,10 @@ def test_rewards_that_are_not_finite_or_do_not_vary(ready, capsys):
 
 def test_tokenizer_and_backbone_that_do_not_agree(ready):
     _, roles, _ = ready
-    eos = roles.policy.config.eos_token_id
-    roles.policy.config.eos_token_id = 7
+    eos = roles.backbone.config.eos_token_id
+    roles.backbone.config.eos_token_id = 7
     examined(ready, "its config ends a text with token 7 .* its tokenizer with 2 .'</s>'.")
-    roles.policy.config.eos_token_id = [7, eos]  # several ends, as chat models have
+    roles.backbone.config.eos_token_id = [7, eos]  # several ends, as chat models have
     examined(ready)
     roles.tokenizer.add_tokens([f"<new {i}>" for i in range(400)])
     examined(ready, "resize the embedding")
@@ -69,7 +69,7 @@ def test_tokenizer_and_backbone_that_do_not_agree(ready):
 def test_a_failed_check_writes_nothing(tiny, tmp_path, capsys, monkeypatch, script):
     import importlib
 
-    monkeypatch.setattr(doctor, "ROUNDING", -1.0)
+    monkeypatch.setitem(doctor.ROUNDING, torch.float32, -1.0)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"scripts.{script}").main(["--recipe", str(tiny), "--run.output", str(tmp_path / "out")])
     assert stop.value.code == 2

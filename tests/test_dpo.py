@@ -16,6 +16,7 @@ from rlhf_recipes.preferences import load_pairs
 from rlhf_recipes.preflight import DPO_LOSSES, F_DIVERGENCES
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import Reference
+from rlhf_recipes.sampling import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_ppo_trainer import build_trainer
 from tests.test_scripts import lines, run
@@ -73,12 +74,14 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
 
         monkeypatch.setattr(module, "response_forward", forward)
         if hasattr(module, "sample_completions"):
-            monkeypatch.setattr(module, "sample_completions", lambda *args: (sequences, torch.zeros(4, 6)))
+            ended = torch.tensor([False, True, True, False])
+            sampled = Sampled(sequences, sequences != 0, torch.zeros(4, 6), ended)
+            monkeypatch.setattr(module, "sample_completions", lambda *args: sampled)
 
     for module in (ppo_trainer, dpo_trainer, evaluation):
         recording(module)
     ppo = build_trainer(tiny, tmp_path)
-    ppo.rollout(torch.tensor(queries), prompts[:])
+    ppo.rollout(torch.tensor(queries), torch.tensor(queries) != 0, prompts[:])
     complete(roles.policy, roles, prompts, recipe)
     dpo = trainer_on(pairs, tiny, roles, tmp_path)
     sums = dpo.reference_logps(prompts["input_ids"][:], [[t for t in c if t] for c in completions])

@@ -211,7 +211,7 @@ def test_step_kl_is_over_the_tokens_alone(tiny, tmp_path):
     move(trainer.roles.policy, seed=2)
     nothing = Advantages(torch.zeros(2, 6), rollout.values, torch.tensor(1.0))
     _, stats = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
-    output, _ = trainer.model(rollout.query_responses, rollout.context_length, 0, 1.0)
+    output, _ = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     differences = [(output.logprobs - rollout.logprobs)[i, t].item() for i, n in ((0, 6), (1, 2)) for t in range(n)]
     assert stats["policy/step_kl"].item() == pytest.approx(sum(d * d / 2 for d in differences) / 8, rel=1e-4)
 
@@ -235,7 +235,7 @@ def test_kl_loss_charges_the_next_tokens_kl_and_puts_its_gradient_into_the_loss(
     move(policy, seed=3)  # the policy has moved since the rollout: the ratio counts
     stretched = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(2.5))  # by whitening
     loss, _ = trainer.loss(rollout, stretched, torch.arange(2), torch.tensor(8), torch.tensor(9))
-    output, _ = trainer.model(rollout.query_responses, rollout.context_length, 0, 1.0)
+    output, _ = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     terms = []
     for i, length in enumerate([6, 2]):
         for t in range(length):
@@ -258,7 +258,8 @@ def test_kl_loss_charges_the_next_tokens_kl_and_puts_its_gradient_into_the_loss(
 def logprobs_by(trainer, model):
     query = trainer.processing_class("the film")["input_ids"]
     with torch.no_grad():
-        return response_forward(model, torch.tensor([query + r for r in RESPONSES]), len(query), 0, 1.0).logprobs
+        sequences = torch.tensor([query + r for r in RESPONSES])
+        return response_forward(model, sequences, sequences != 0, len(query), 1.0).logprobs
 
 
 def test_a_synced_reference_follows_every_few_updates_and_then_stays(tiny, tmp_path):

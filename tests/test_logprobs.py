@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf_recipes import logprobs
-from rlhf_recipes.logprobs import token_statistics
+from rlhf_recipes.logprobs import Head, token_statistics
 
 
 def example(bias=True, frozen=True, vocabulary=37):
@@ -19,26 +19,32 @@ def example(bias=True, frozen=True, vocabulary=37):
     return head, hidden, torch.randint(vocabulary, (3, 5)), torch.randn(3, 5, 8)
 
 
-def plainly(head, hidden, targets, temperature, reference):
+def plainly(head, hidden, targets, temperature, reference, scale=1.0, cap=None):
     """The definitions, with every logit in memory."""
-    log_pi = (head(hidden) / temperature).log_softmax(-1)
-    log_ref = (head(reference) / temperature).log_softmax(-1).detach()
+
+    def logits(h):
+        z = scale * head(h)
+        return (z if cap is None else cap * torch.tanh(z / cap)) / temperature
+
+    log_pi = logits(hidden).log_softmax(-1)
+    log_ref = logits(reference).log_softmax(-1).detach()
     logprob = log_pi.gather(-1, targets[..., None])[..., 0]
     return logprob, -(log_pi.exp() * log_pi).sum(-1), (log_pi.exp() * (log_pi - log_ref)).sum(-1)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1.0, 0.8), (2.0, 1.5)])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_the_plain_ones(frozen, bias, monkeypatch):
+def test_values_and_gradients_are_the_plain_ones(frozen, bias, scale, cap, monkeypatch):
     head, hidden, targets, reference = example(bias, frozen)
     weights = torch.randn(2, 3, 5)
-    expected = plainly(head, hidden, targets, 0.7, reference)
+    expected = plainly(head, hidden, targets, 0.7, reference, scale, cap)
     parameters = [hidden, *([] if frozen else head.parameters())]
     slopes = torch.autograd.grad((weights[0] * expected[0] + weights[1] * expected[2]).sum(), parameters)
     for elements in (37 * 4, 10**6):  # four tokens a chunk, and all at once
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 1)
-        logprob, entropy, kl = token_statistics(hidden, targets, head, 0.7, reference)
+        logprob, entropy, kl = token_statistics(hidden, targets, Head(head, scale, cap), 0.7, reference)
         for mine, plain in zip((logprob, entropy, kl), expected, strict=True):
             torch.testing.assert_close(mine, plain)
         assert not entropy.requires_grad
@@ -62,7 +68,7 @@ def test_no_more_logits_than_a_chunk_are_ever_made(frozen, monkeypatch):
             return output
 
     with Watch():
-        logprob, _, kl = token_statistics(hidden, targets, head, 1.0, reference)
+        logprob, _, kl = token_statistics(hidden, targets, Head(head), 1.0, reference)
         (logprob.sum() + kl.sum()).backward()
     assert max(rows) == 4
 
@@ -71,7 +77,7 @@ def test_bfloat16_hidden_states_get_bfloat16_gradients():
     head, hidden, targets, reference = example()
     expected = plainly(head, hidden, targets, 1.0, reference)[0]
     low = hidden.detach().bfloat16().requires_grad_()
-    logprob, entropy, _ = token_statistics(low, targets, copy.deepcopy(head).bfloat16(), 1.0)
+    logprob, entropy, _ = token_statistics(low, targets, Head(copy.deepcopy(head).bfloat16()), 1.0)
     assert logprob.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logprob, expected, atol=0.05, rtol=0.05)
     logprob.sum().backward()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from rlhf_recipes.configs import stage_config
-from rlhf_recipes.data import load_tokenizer
+from rlhf_recipes.data import Ends, load_tokenizer
 from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import Rewards, Term
@@ -99,6 +99,7 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
         policy=policy,
         reference=reference,
         value=head,
+        ends=Ends(tokenizer, [tokenizer.eos_token_id]),
         reward=Rewards(
             {"reward": Term(FullReward(reward, tokenizer.pad_token_id))}, missing_eos_penalty=values.get("missing_eos_penalty")
         ),

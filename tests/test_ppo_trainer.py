@@ -10,6 +10,7 @@ from rlhf_recipes.data import load_tokenizer, tokenize_prompts
 from rlhf_recipes.ppo_trainer import Advantages, PPOConfig, PPOTrainer, ppo_fields
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import build_roles
+from rlhf_recipes.sampling import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
@@ -120,10 +121,16 @@ def rollout_of(trainer, query, responses):
     """A rollout of given token ids: `PPOTrainer.rollout` with sampling replaced."""
     from unittest import mock
 
-    sequences = torch.tensor([query + r for r in responses])
-    sampled = sequences, torch.zeros(len(responses), len(responses[0]))
-    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=sampled):
-        return trainer.rollout(torch.tensor([query] * len(responses)), {"prompt": ["the film"] * len(responses)})
+    queries = torch.tensor([query] * len(responses))
+    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=drawn(query, responses)):
+        return trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["the film"] * len(responses)})
+
+
+def drawn(query, responses, pad=0, eos=2):
+    """What the sampler would return, had it drawn these responses; pads follow their end."""
+    sequences = torch.tensor([query + response for response in responses])
+    said = sequences[:, len(query) :]
+    return Sampled(sequences, sequences != pad, torch.zeros(said.shape), (said == eos).any(1))
 
 
 def test_loss_is_the_papers(tiny, tmp_path):
@@ -137,7 +144,7 @@ def test_loss_is_the_papers(tiny, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(2))
     loss, stats = trainer.loss(rollout, judged, torch.tensor([0, 1]), torch.tensor(8), torch.tensor(9))
-    output, values = trainer.model(rollout.query_responses, rollout.context_length, 0, 1.0)
+    output, values = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     policy_loss, value_loss, clipped = 0.0, 0.0, 0
     for i, length in enumerate([6, 2]):  # tokens; the second response ends and so has a state after its last token
         for t in range(length):

@@ -34,7 +34,8 @@ def samples_of(tokenizer, prompts=PROMPTS, texts=TEXTS, ended=(True, False, True
     ]
     context, longest = max(map(len, asked)), max(map(len, said))
     rows = [[pad] * (context - len(a)) + a + s + [pad] * (longest - len(s)) for a, s in zip(asked, said, strict=True)]
-    return Samples(torch.tensor(rows), context, tokenizer, prompts, columns)
+    sequences = torch.tensor(rows)
+    return Samples(sequences, context, tokenizer, prompts, columns, sequences != pad)
 
 
 def by_function(function, **settings):
@@ -203,7 +204,7 @@ def test_shaping_is_the_formula(tokenizer):
 def test_adapters_and_functions_add_up_and_the_prefix_is_the_adapters_share(roles):
     samples = samples_of(roles.tokenizer)
     adapter = roles.reward.adapter
-    plain = adapter(samples.sequences)
+    plain = adapter(samples.sequences, samples.attention)
     both = Rewards(
         {"adapter": Term(adapter, 0.5, mean=1.0, deviation=2.0), "fn": Term(FunctionReward(lambda p, c: [1.0, 2.0, 3.0]))}
     )
