@@ -106,5 +106,8 @@ def fail(line: str, code: int) -> NoReturn:
     if file:
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": line, "timestamp": int(time.time())}, stream)
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):  # else a bar shares the line, and is drawn again behind it
+            bar.close()
     print(line, file=sys.stderr, flush=True)
     raise SystemExit(code) from None

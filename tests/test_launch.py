@@ -1,6 +1,5 @@
 """Exit codes through the real launchers, with one process and with two."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -23,9 +22,14 @@ def asks_to_end(prompts, completions, **columns):
 # exit code -> words that lead to it, the beginning of the line that says why
 ENDS = {
     2: (["--ppo.lerning_rate=1"], "error: --ppo.lerning_rate: unknown key `ppo.lerning_rate`; did you mean `learning_rate`?"),
-    3: (["--reward.function=wordy", "--ppo.learning_rate=1e30", "--run.max_skipped_steps=1"],
-        "error: step 1: 1 optimizer steps in a row had a gradient that is not finite"),
-    75: (["--reward.function=asks_to_end", "--ppo.save_steps=1"], "ppo: ended after step 1, as asked; the last good checkpoint is"),
+    3: (
+        ["--reward.function=wordy", "--ppo.learning_rate=1e30", "--run.max_skipped_steps=1"],
+        "error: step 1: 1 optimizer steps in a row had a gradient that is not finite",
+    ),
+    75: (
+        ["--reward.function=asks_to_end", "--ppo.save_steps=1"],
+        "ppo: ended after step 1, as asked; the last good",
+    ),
 }
 
 
