@@ -41,6 +41,7 @@ class _Output(io.TextIOWrapper):
             stream.buffer, stream.encoding, "replace",
             line_buffering=stream.line_buffering, write_through=stream.write_through,
         )  # fmt: skip
+        self._stream = stream  # which would close the buffer that both write to
 
     def write(self, text: str) -> int:
         try:
@@ -80,16 +81,20 @@ def settle() -> Iterator[str]:
 
 
 def _check_launch() -> None:
-    given = {name: os.environ[name] for name in (*_OF_LAUNCHER[:3], *_SIZES) if os.environ.get(name)}
-    if all(os.environ.get(name) for name in _OF_LAUNCHER):
+    for name in {*_OF_LAUNCHER, *_SIZES}:
+        if os.environ.get(name) == "":  # accelerate reads a number
+            del os.environ[name]
+    if all(name in os.environ for name in _OF_LAUNCHER):
         return
-    by_mpi = os.environ.get("MASTER_ADDR") and not given.keys() & set(_OF_LAUNCHER)  # accelerate's mpirun_hostfile
-    for name, value in given.items():
-        if value != "1" and not (name in ("RANK", "LOCAL_RANK") and value == "-1") and not by_mpi:
-            raise RecipeError(
-                f"{name}={value} in the environment says that this is one of several processes, and no launcher has connected "
-                f"them: launch with accelerate (accelerate_configs/multi_gpu.yaml; under Slurm: slurm.sh), or unset {name}"
-            )
+    alone = dict.fromkeys(_SIZES, ("1",)) | {"RANK": ("0", "-1"), "LOCAL_RANK": ("-1",)}
+    several = [name for name, values in alone.items() if os.environ.get(name, values[0]) not in values]
+    by_mpi = "MASTER_ADDR" in os.environ and not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(several)  # mpirun_hostfile
+    if several and not by_mpi:
+        name = several[0]
+        raise RecipeError(
+            f"{name}={os.environ[name]} in the environment says that this is one of several processes, and no launcher has "
+            f"connected them: launch with accelerate (accelerate_configs/multi_gpu.yaml, slurm.sh), or unset {name}"
+        )
 
 
 def fail(line: str, code: int) -> NoReturn:

@@ -56,7 +56,10 @@ def _become(args: Namespace) -> None:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    for child in Process().children():  # each in a session of its own, which a terminal's Ctrl-C does not reach
+    children = Process().children()  # each in a session of its own, which a terminal's Ctrl-C does not reach
+    if not children:
+        raise SystemExit(128 + number)
+    for child in children:
         child.send_signal(number)
 
 
