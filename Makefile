@@ -16,7 +16,7 @@ ppo: setup
 	$(BIN)/python -m rlhf_recipes launch scripts/ppo.py
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

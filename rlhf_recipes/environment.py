@@ -30,7 +30,8 @@ def prepare() -> None:
         if type(stream) is io.TextIOWrapper:  # not what a notebook or a test puts there
             setattr(sys, name, _Output(stream))
     # libgomp reads it once, as it is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 class _Output(io.TextIOWrapper):
