@@ -13,10 +13,10 @@ setup: .venv/.installed
 	touch $@
 
 ppo: setup
-	$(BIN)/accelerate launch scripts/ppo.py
+	$(BIN)/python -m rlhf_recipes launch scripts/ppo.py
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

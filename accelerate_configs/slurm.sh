@@ -14,8 +14,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# --signal: 600 seconds before the limit this shell, not the launchers, gets SIGTERM: a launcher that got it would kill its
-# processes after 30 seconds. An update and its checkpoint must fit into the 600 seconds.
+# --signal: 600 seconds before the limit this shell gets SIGTERM. An update and its checkpoint must fit into the 600 seconds.
 
 set -u
 config=${CONFIG:-accelerate_configs/multi_node.yaml}
@@ -35,15 +34,16 @@ export CONFIG=$config HEAD=$head STATE=$state PORT=$((20000 + SLURM_JOB_ID % 200
 # --wait: launchers that have ended do not take the first machine along while it still writes a checkpoint.
 srun --kill-on-bad-exit=0 --wait=300 bash -c '
     if [ "$SLURM_NODEID" = 0 ]; then echo $$ >"$STATE"; fi
-    exec accelerate launch --config_file "$CONFIG" \
+    exec python -m rlhf_recipes launch --config_file "$CONFIG" \
         --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT" "$@"
 ' launcher "$@" "${goes_on[@]}" &
 step=$!
 
 asked=
-# The first machine is also where this shell runs. Its processes tell the others: all end with the same update, and save.
-trap 'asked=1; echo "SIGTERM: asking the processes to save and end"; pkill -TERM -P "$(cat "$state")"' TERM
+# The first machine is also where this shell runs. Its launcher passes the signal on to its processes, and they tell the others:
+# all end with the same update, and save.
+trap 'asked=1; echo "SIGTERM: asking the processes to save and end"; kill -TERM "$(cat "$state")"' TERM
 wait "$step"
 code=$?
 while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
@@ -51,7 +51,7 @@ while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
     code=$?
 done
 rm -f "$state"
-if [ -n "$asked" ] && [ "$code" -ne 0 ]; then # the exit code 75, docs/interruptions.md, which a launcher turns into 1
+if [ -n "$asked" ] && [ "$code" -ne 0 ]; then # 75, docs/interruptions.md, or that of a machine which lost the others first
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

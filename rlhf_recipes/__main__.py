@@ -1,18 +1,26 @@
-"""Checks a recipe's task.py before anything is trained.
+"""Checks a recipe's task.py before anything is trained, or launches a script.
 
     python -m rlhf_recipes check recipes/mytask [--section.key value ...]
+    python -m rlhf_recipes launch [accelerate's options] scripts/ppo.py [--section.key value ...]
 
-Runs every function of task.py, shows ten rows as the stages will see them, and says what is wrong. Exit code 2 if anything is.
+`check` runs every function of task.py, shows ten rows as the stages will see them, and says what is wrong. Exit code 2 if
+anything is. `launch` is `accelerate launch`, and ends with the script's exit code where that ends with 1.
 """
 
 import sys
 
+from rlhf_recipes import environment
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe import RecipeError, load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
+    environment.prepare()
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["launch"]:
+        from rlhf_recipes.launch import main as launch
+
+        return launch(words[1:])
     if not words or words[0] != "check" or len(words) < 2 or {"--help", "-h"} & set(words):
         print(__doc__.strip())
         return 0 if {"--help", "-h"} & set(words) else 2

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_recipes.recipe import StoppedError
@@ -35,6 +36,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) ->
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
+        share(temporary)
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -50,6 +52,15 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) ->
         ) from error
     temporary.rename(folder)
     _force_to_disk(folder.parent)
+
+
+def share(folder: Path) -> None:
+    """Gives the weights in `folder` the mode of its other files, which the umask decides: safetensors makes them 0600."""
+    for file in folder.glob("*.safetensors"):
+        mode = file.stat().st_mode
+        if wanted := folder.stat().st_mode & 0o666 & ~mode:
+            with suppress(OSError):  # a file system without modes
+                file.chmod(mode | wanted)
 
 
 def damage(folder: Path) -> str | None:

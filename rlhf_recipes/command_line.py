@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import interrupts
+from rlhf_recipes import environment, interrupts
 from rlhf_recipes.recipe import (
     DEFAULT_RECIPE,
     OWNER_OF,
@@ -103,11 +103,14 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
     def decorate(run: Callable[[Recipe], Any]) -> Callable[[list[str] | None], Any]:
         @functools.wraps(run)
         def main(argv: list[str] | None = None) -> Any:
+            environment.prepare()
             try:
                 line = parse_command_line(sys.argv[1:] if argv is None else argv)
                 if line.help:
                     print(help_text(stage, doc))
                     return None
+                for note in environment.settle():
+                    _say(f"warning: {note}")
                 recipe = load_recipe(line.recipe, line.overrides)
                 if recipe.run.resume is not None:
                     recipe, notes = resumed_recipe(recipe, stage, line.overrides)
@@ -130,16 +133,18 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                 with interrupts.handled():
                     return run(recipe)
             except RecipeError as error:
-                _say(f"error: {error}")
-                raise SystemExit(error.exit_code) from None
+                environment.fail(f"error: {error}", error.exit_code)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                _say(f"error: the disk is full: {error.filename or error}; make room, then go on with --resume")
-                raise SystemExit(StoppedError.exit_code) from None
+                environment.fail(
+                    f"error: the disk is full: {error.filename or error}; make room, then go on with --resume",
+                    StoppedError.exit_code,
+                )
             except interrupts.Interrupted as interruption:
-                _say(f"{stage}: {interruption}{'; --resume goes on' if stage in RESUMABLE else ''}")
-                raise SystemExit(interrupts.EXIT_CODE) from None
+                environment.fail(
+                    f"{stage}: {interruption}{'; --resume goes on' if stage in RESUMABLE else ''}", interrupts.EXIT_CODE
+                )
 
         return main
 

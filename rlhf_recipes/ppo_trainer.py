@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import SaveStrategy
 
-from rlhf_recipes.checkpoints import prune, write_checkpoint
+from rlhf_recipes.checkpoints import prune, share, write_checkpoint
 from rlhf_recipes.objective import (
     adapted_beta,
     correlation,
@@ -582,6 +582,8 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": self.state.episode,
             "eps": int(args.batch_size / seconds),
+            "seconds": seconds,
+            "tokens_per_second": int(accelerator.reduce(rollout.mask.sum())) / seconds,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -592,6 +594,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         self.roles.policy.save_pretrained(folder, save_embedding_layers=False)
         value = {name: p.detach().cpu() for name, p in self.roles.value.named_parameters() if p.requires_grad}
         save_file(value, folder / "value.safetensors")
+        share(folder)
 
     def save_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         self.save_model(str(folder))

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from rlhf_recipes.recipe import Recipe, RecipeError, nearest, section_of
+from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, nearest, section_of
 
 _CHUNK_TOKENS = 512
 # TRL finds out about others at the first step only
@@ -139,7 +139,7 @@ def _installed(package: str) -> bool:
 def _check_run_folder(recipe: Recipe, stage: str) -> None:
     """The folder of the run can be made, and only there."""
     name, output = recipe.run.name, recipe.run.output
-    if name == "latest":
+    if name == LATEST:
         raise RecipeError("`run.name` latest: the link to the newest run has this name; choose another")
     if name and ("/" in name or "\\" in name or name.startswith(".") or not name.isprintable() or len(os.fsencode(name)) > 200):
         raise RecipeError(
@@ -155,6 +155,8 @@ def _check_run_folder(recipe: Recipe, stage: str) -> None:
         pass
     except OSError as error:  # a part of the path is a file, may not be entered, or is too long
         raise RecipeError(f"`run.output` {output}: no folder can be made there ({error.strerror})") from None
+    if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():  # as some copies make of a link
+        raise RecipeError(f"{folder / LATEST}: this folder has the name of the link to the newest run; rename or remove it")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
@@ -467,6 +469,8 @@ def _check_disk(recipe: Recipe, stage: str) -> None:
     needed = 16 * parameters if from_scratch else _BYTES[recipe.model.save_dtype] * parameters if writes_model else 0
     needed += 3 * 12 * _lora_parameters(recipe, shapes)
     folder = Path(recipe.run.output).resolve()
+    if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():  # as some copies make of a link
+        raise RecipeError(f"{folder / LATEST}: this folder has the name of the link to the newest run; rename or remove it")
     while not folder.exists():
         folder = folder.parent
     free = psutil.disk_usage(str(folder)).free

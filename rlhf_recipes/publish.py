@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data import end_token_ids
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, followed
 from rlhf_recipes.resume import RESOLVED, SUMMARY
 from rlhf_recipes.roles import load_adapter_policy
 from rlhf_recipes.runs import MODEL, Run
@@ -33,7 +33,7 @@ def adapter_to_merge(recipe: Recipe) -> Path:
         RecipeError: there is none.
     """
     given = recipe.merge.adapter
-    folder = Path(recipe.path(given)) if given else Path(recipe.run.output) / recipe.task / "ppo" / "latest"
+    folder = Path(recipe.path(given)) if given else followed(Path(recipe.run.output) / recipe.task / "ppo" / LATEST)
     if not (folder / "adapter_config.json").is_file():
         hint = "it has no adapter_config.json" if folder.is_dir() else "no such folder"
         default = "" if given else "; run scripts/ppo.py first, or name another with --merge.adapter FOLDER"
@@ -100,7 +100,7 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
 def evaluation_table(recipe: Recipe, adapter: Path) -> list[str]:
     """The lines of a Markdown table: what scripts/evaluate.py found, with intervals, where it judged this adapter, else the
     numbers at the end of its run; [] without either."""
-    file = Path(recipe.run.output) / recipe.task / "evaluate" / "latest" / "evaluation.json"
+    file = followed(Path(recipe.run.output) / recipe.task / "evaluate" / LATEST / "evaluation.json")
     shown = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "objective": "J", "fraction_of_optimum": "of the optimum"}
     if file.is_file():
         evaluation = json.loads(file.read_text(encoding="utf-8"))

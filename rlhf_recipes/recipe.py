@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
+LATEST = "latest"  # beside the runs of a stage: a link to the newest
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "imdb"
 
 Positive = Annotated[int, Gt(0)]
@@ -417,8 +418,9 @@ class Recipe:
     def path(self, value: str) -> str:
         """`value` if it is a folder here or beside the recipe (in that order reversed), else `value` as a Hub id."""
         for base in (self.folder, Path.cwd()):
-            if os.path.exists(base / value):  # false, not an error, for what can be no file's name
-                return str((base / value).resolve())
+            found = followed(base / value)
+            if os.path.exists(found):  # false, not an error, for what can be no file's name
+                return str(found.resolve())
         return value
 
     def said(self, value: str) -> str:
@@ -432,6 +434,14 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def followed(path: Path) -> Path:
+    """`path`, where a `latest` in it that is a file, for want of symbolic links, stands for the run that it names."""
+    for link in (*reversed(path.parents), path):
+        if link.name == LATEST and os.path.isfile(link):
+            return followed(link.with_name(link.read_text(encoding="utf-8").strip()) / path.relative_to(link))
+    return path
 
 
 # --- reading and checking ----------------------------------------------------------------------------------------

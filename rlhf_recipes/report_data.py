@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_recipes.recipe import SECTIONS, Recipe, RecipeError
+from rlhf_recipes.recipe import LATEST, SECTIONS, Recipe, RecipeError, followed
 from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
 
 
@@ -145,9 +145,10 @@ def evaluation_folder(recipe: Recipe) -> Path:
     """
     hint = f"run scripts/evaluate.py of {recipe.task} first"
     if recipe.report.evaluation is None:
-        folder = Path(recipe.run.output) / recipe.task / "evaluate" / "latest"
+        stage = Path(recipe.run.output) / recipe.task / "evaluate"
+        folder = followed(stage / LATEST)
         if not (folder / "evaluation.json").is_file():
-            raise RecipeError(f"no evaluation in {folder.parent}: {hint}, or name one with `report.evaluation`")
+            raise RecipeError(f"no evaluation in {stage}: {hint}, or name one with `report.evaluation`")
     else:
         folder = Path(recipe.path(recipe.report.evaluation))
         if not folder.is_dir():

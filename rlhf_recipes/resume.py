@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.checkpoints import RESUME, checkpoints_of, damage, step_of
-from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe, section_of
+from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, followed, load_recipe, section_of
 
 RESOLVED = "recipe.resolved.yaml"
 RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, the task's hash
@@ -64,8 +64,8 @@ def _find(recipe: Recipe, stage: str) -> tuple[Path, Path | None]:
     """The run, and the checkpoint if one was named."""
     assert recipe.run.resume is not None
     runs = Path(recipe.run.output) / recipe.task / stage
-    given = runs / "latest" if recipe.run.resume == "latest" else Path(recipe.run.resume)
-    path = given.resolve()
+    given = runs / LATEST if recipe.run.resume == LATEST else Path(recipe.run.resume)
+    path = followed(given).resolve()
     if not path.is_dir():
         there = sorted(folder.name for folder in runs.glob("*") if (folder / RESOLVED).is_file() and not folder.is_symlink())
         known = f"runs of {stage} in {runs}: {', '.join(there)}" if there else f"there is no run of {stage} in {runs}"

@@ -21,15 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, step_of
+from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.diagnosis import Finding
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import LATEST, Recipe, RecipeError
 from rlhf_recipes.resume import RESOLVED, RUN, SUMMARY, read_run, task_hash
 from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.tracking import Tracker
 
 # Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
-_TIMINGS = ("eps", "total_flos")
+_TIMINGS = ("eps", "total_flos", "seconds")
 _TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
 # Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
 _GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
@@ -86,25 +86,44 @@ class Run:
             except RecipeError as error:
                 failure = error
         stop_together(failure)
+        [folder] = broadcast_object_list([str(self.folder)])
+        self.folder = Path(folder)
         identity = read_run(self.folder).get("wandb") if self.main else None
         self.tracker = Tracker(self.recipe, self.stage, self.folder, enabled=self.main, identity=identity)
         self.started = time.perf_counter()
 
     def _make_folder(self) -> None:
-        """The folder appears with the recipe in it, or not at all."""
-        temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-        if self.folder.exists():
-            raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`, nothing is overwritten")
+        """The folder appears with the recipe in it and `latest` beside it, or not at all.
+
+        Of runs that are named by time and seed, those that start in the same second get a number behind it.
+        """
+        temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
-        (temporary / RESOLVED).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe)}
-        (temporary / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        made = temporary
         try:
-            temporary.rename(self.folder)
-        except OSError as error:  # another process was faster
-            shutil.rmtree(temporary)
-            raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`") from error
-        _point_latest(self.folder)
+            (temporary / RESOLVED).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe)}
+            (temporary / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            made = self.folder = self._claim(temporary)
+            _point_latest(made)
+        except (OSError, RecipeError):
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+
+    def _claim(self, temporary: Path) -> Path:
+        """Renames a folder to the run's name, or to the next that is free."""
+        folder, number = self.folder, 1
+        while True:
+            if not os.path.lexists(folder):
+                try:
+                    return temporary.rename(folder)
+                except OSError:
+                    if not os.path.lexists(folder):  # else another process was faster
+                        raise
+            if self.recipe.run.name is not None:
+                raise RecipeError(f"{folder}: this run exists; choose another `--run.name`, nothing is overwritten")
+            number += 1
+            folder = self.folder.with_name(f"{self.folder.name}-{number}")
 
     def _take_folder(self) -> None:
         """Locks it, and cuts it back to the checkpoint that the run goes on from."""
@@ -186,6 +205,7 @@ class Run:
         """The tensors of a batch, by every process that calls it."""
         file = self.folder / f"{name}.safetensors"
         save_file({key: value.contiguous() for key, value in batch.items() if isinstance(value, Tensor)}, file)
+        share(self.folder)
         return file
 
     def save_backbone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -195,11 +215,13 @@ class Run:
 
             model.to(getattr(torch, self.recipe.model.save_dtype)).save_pretrained(self.folder / MODEL)
             tokenizer.save_pretrained(self.folder / MODEL)
+            share(self.folder / MODEL)
 
     def save_adapter(self, model: PeftModel, folder: Path) -> None:
         """An adapter (and its score head) in PEFT's format, as safetensors."""
         if self.main:
             model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the Hub
+            share(folder)
 
     def say(self, line: str) -> None:
         """One line for the person who watches, from the main process."""
@@ -240,10 +262,13 @@ class Run:
 
 
 def _point_latest(folder: Path) -> None:
-    """`latest` beside it -> the newest run, replaced in one step."""
-    temporary = folder.with_name(f".latest-{os.getpid()}")
-    temporary.symlink_to(folder.name)
-    temporary.replace(folder.with_name("latest"))
+    """`latest` beside it -> the newest run, replaced in one step; a file with its name where links cannot be made."""
+    temporary = folder.with_name(f".{LATEST}-{secrets.token_hex(4)}")
+    try:
+        temporary.symlink_to(folder.name)
+    except OSError:
+        temporary.write_text(folder.name + "\n", encoding="utf-8")
+    temporary.replace(folder.with_name(LATEST))
 
 
 def _model_card(run: Run, summary: dict[str, Any], text: str) -> str:

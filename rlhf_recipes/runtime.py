@@ -11,10 +11,14 @@ from rlhf_recipes.recipe import RecipeError
 
 
 def configure(seed: int, onednn: bool = True) -> None:
-    """Seeds python, numpy and torch, uses all cores, and silences other packages' deprecation notices.
+    """Finds device and other processes, seeds python, numpy and torch, uses all cores, silences deprecation notices.
 
-    `accelerate launch` without a config file sets OMP_NUM_THREADS=1, which halves the speed on two cores. The cores this
-    process may use are shared out among the processes of the machine; with a GPU the setting is left alone.
+    The cores this process may use are shared out among the processes of the machine; with a GPU the setting is left alone.
+    OMP_NUM_THREADS is obeyed where no launcher can have set it: `accelerate launch` without a config file makes it 1, which
+    halves the speed on two cores.
+
+    Raises:
+        RecipeError: there is no such device, or the other processes are not found.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -28,7 +32,14 @@ def configure(seed: int, onednn: bool = True) -> None:
 
     from rlhf_recipes.matmul import use_onednn_on_amd
 
-    PartialState(cpu=not torch.cuda.is_available())  # before anyone asks: it finds the other processes only if told of CPUs
+    try:
+        # before anyone asks: it finds the other processes only if told of CPUs
+        torch.empty(1, device=PartialState(cpu=not torch.cuda.is_available()).device)
+    except Exception as error:
+        raise RecipeError(
+            f"this process cannot be set up: {type(error).__name__}: {error}; look at the launch file, the devices, and "
+            f"what the environment says of them (ACCELERATE_TORCH_DEVICE, CUDA_VISIBLE_DEVICES, MASTER_ADDR)"
+        ) from error
     set_seed(seed)
 
     logging.disable_progress_bar()
@@ -37,8 +48,9 @@ def configure(seed: int, onednn: bool = True) -> None:
     if not torch.cuda.is_available():
         if onednn:
             use_onednn_on_amd()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, _cores() // processes))
+        if "OMP_NUM_THREADS" not in os.environ or {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, _cores() // processes))
 
 
 def stop_together(failure: RecipeError | None) -> None:

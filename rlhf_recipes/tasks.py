@@ -2,10 +2,12 @@
 
 import functools
 import importlib.util
+import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,33 @@ def _theirs(what: str, file: Path) -> Iterator[None]:
 
 @functools.cache
 def _import(file: Path, modified: int) -> types.ModuleType:
-    """The module of a file as it was `modified`, one a process: what it has read once, it need not read again."""
-    spec = importlib.util.spec_from_file_location(f"task_{file.parent.name}", file)
+    """The module of a file as it was `modified`, one a process: what it has read once, it need not read again.
+
+    A recipe's folder may be read-only, and a run that is refused writes nothing: no `__pycache__` is left there.
+    """
+    sys.path_hooks.insert(0, functools.partial(_uncached, file.parent))
+    sys.path_importer_cache.pop(str(file.parent), None)
+    name = f"task_{file.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, file, loader=_UncachedLoader(name, str(file)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class _UncachedLoader(SourceFileLoader):
+    """Compiles the source each time: a cache of it is neither read nor written."""
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("without a modification time Python passes over the cache")
+
+
+def _uncached(folder: Path, path: str) -> FileFinder:
+    """Finds what task.py imports from its own `folder`; an environment that lies in there keeps its caches."""
+    found = Path(path).resolve()
+    if not found.is_relative_to(folder) or found.is_relative_to(Path(sys.prefix).resolve()):
+        raise ImportError
+    return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (_UncachedLoader, SOURCE_SUFFIXES))
 
 
 def task_function(task: types.ModuleType, name: str) -> Callable[..., Any]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe import Recipe, RunSection
 
 
 class Tracker:
-    """A wandb run of one stage, or nothing (`run.tracker: none`, not the main process, or wandb itself failing).
+    """A wandb run of one stage, or nothing (`run.tracker: none`, WANDB_DISABLED, not the main process, wandb itself failing).
 
     Every call is safe: tracking is never a reason for a training to stop.
 
@@ -21,7 +21,7 @@ class Tracker:
 
     def __init__(self, recipe: Recipe, stage: str, folder: Path, enabled: bool = True, identity: str | None = None) -> None:
         self._run: Any = None
-        if not enabled or recipe.run.tracker == "none":
+        if not enabled or recipe.run.tracker == "none" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
             return
         os.environ.setdefault("WANDB_SILENT", "true")
         mode = _mode()
@@ -29,7 +29,7 @@ class Tracker:
             import wandb
 
             self._run = wandb.init(
-                project=recipe.run.project,
+                project=_project(recipe),
                 name=folder.name,
                 group=recipe.run.group or recipe.task,
                 job_type=stage,
@@ -74,6 +74,12 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 - see __init__
             print(f"wandb: {error}; going on without it", file=sys.stderr)
             self._run = None
+
+
+def _project(recipe: Recipe) -> str:
+    """The recipe's, else that of WANDB_PROJECT, else the default."""
+    own = recipe.run.project
+    return os.environ.get("WANDB_PROJECT") or own if own == RunSection.project else own
 
 
 def _mode() -> Literal["online", "offline"] | None:

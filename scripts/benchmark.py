@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rlhf_recipes import environment
 from rlhf_recipes.benchmark import BenchmarkError, Work, build_wide, compare, table
 from rlhf_recipes.recipe import DEFAULT_RECIPE
 
@@ -22,6 +23,7 @@ KINDS = {"": ("ppo", "float32", "float32"), "-bfloat16": ("ppo", "bfloat16", "fl
 
 
 def main(argv: list[str] | None = None) -> dict | None:
+    environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=["imdb", "wide"], default=["imdb", "wide"])
     parser.add_argument("--model", help="a folder or a Hub id of a causal LM to measure instead of the shapes")

@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes import environment
 from rlhf_recipes.interrupts import EXIT_CODE, Interrupted
 from rlhf_recipes.recipe import RecipeError
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a sweep's file, as recipes/imdb/sweep.yaml")
     parser.add_argument("--trials", type=int, help="points in all, of all workers (default: the grid, or the file's run_cap)")

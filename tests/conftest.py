@@ -2,12 +2,25 @@
 
 import os
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test never waits for a hub
+# Nothing of who runs the tests plays a part: no login, no accelerate config, no launcher, no terminal.
+_FOREIGN = (
+    "ACCELERATE_", "FSDP_", "GOMP_", "HF_", "HUGGING", "MV2_", "OMPI_", "OMP_", "PMI_", "SLURM_", "TORCHELASTIC_",
+    "TRANSFORMERS_", "WANDB_", "XDG_",
+)  # fmt: skip
+_NAMED = {
+    "COLUMNS", "FORCE_COLOR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MPLCONFIGDIR", "NETRC",
+    "NO_COLOR", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE",
+}  # fmt: skip
+for _name in [name for name in os.environ if name.startswith(_FOREIGN) or name in _NAMED]:
+    del os.environ[_name]
+_home = tempfile.TemporaryDirectory(prefix="home-", ignore_cleanup_errors=True)
+os.environ |= {"HOME": _home.name, "HF_HUB_OFFLINE": "1"}  # a test never waits for a hub
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests import scripts.*
 
 TASK = """

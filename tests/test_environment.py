@@ -1,0 +1,272 @@
+"""What the machine and its environment say is obeyed, or named in one line."""
+
+import importlib
+import io
+import json
+import os
+import py_compile
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from rlhf_recipes import environment, runs
+from rlhf_recipes.recipe import followed, load_recipe
+from rlhf_recipes.runs import Run
+from rlhf_recipes.tasks import load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(stage, recipe, output, *words):
+    return importlib.import_module(f"scripts.{stage}").main(["--recipe", str(recipe), f"--run.output={output}", *words])
+
+
+def test_no_cache_is_read_or_left_in_a_recipes_folder(tiny, tmp_path, monkeypatch):
+    """Nor of what task.py imports from there, at once or later, be it a module or a package."""
+    folder = tmp_path / "mine"
+    (folder / "helpers" / "deep").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text((tiny / "recipe.yaml").read_text())
+    for name in ("helpers/__init__.py", "helpers/deep/__init__.py"):
+        (folder / name).write_text("")
+    (folder / "helpers/deep/words.py").write_text("GOOD = ['great']\n")
+    (folder / "later.py").write_text("WORD = 'fine'\n")
+    (folder / "task.py").write_text(
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n"
+        "from helpers.deep.words import GOOD\n\ndef word():\n    import later\n    return later.WORD\n"
+    )
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    task = load_task(load_recipe(folder))
+    assert (task.GOOD, task.word()) == (["great"], "fine")
+    assert not list(folder.rglob("__pycache__"))
+    for name in ("helpers", "helpers.deep", "helpers.deep.words", "later"):
+        del sys.modules[name]
+
+    file = folder / "later.py"
+    py_compile.compile(str(file), doraise=True)  # somebody else's cache, of an older text with the same time and size
+    time = file.stat().st_mtime_ns
+    file.write_text("WORD = 'dull'\n")
+    os.utime(file, ns=(time, time))
+    assert task.word() == "dull"
+    del sys.modules["later"]
+
+
+# --- terminals, pipes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    environment.prepare()
+    print("│ naïve 😀")
+    sys.stdout.flush()
+    assert shown.getvalue() in (b"? na\xefve ?\n", b"? na?ve ?\n")
+
+
+COMMANDS = {
+    "help": ["scripts/ppo.py", "--help"],
+    "dry run": ["scripts/ppo.py", "--dry-run"],
+    "check's help": ["-m", "rlhf_recipes", "--help"],
+    "sweep": ["scripts/sweep.py", "recipes/imdb/sweep.yaml", "--dry-run"],
+    "sweep's help": ["scripts/sweep.py", "--help"],
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_a_reader_that_has_read_enough_ends_nothing(words):
+    """`... | head -0`, to a terminal that is not UTF-8, with everything written at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    settings = {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | settings, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr.replace(b"\r", b"").strip()) == (0, b"")
+
+
+# --- file systems --------------------------------------------------------------------------------------------------
+
+
+def no_links(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+
+
+def test_without_symbolic_links_latest_is_a_file_that_everything_follows(tiny, tmp_path, monkeypatch, capsys):
+    no_links(monkeypatch)
+    words = ["--ppo.eval_strategy=no"]
+    run("ppo", tiny, tmp_path, "--run.name=a", *words)
+    latest = tmp_path / "tiny/ppo/latest"
+    assert latest.read_text() == "a\n"
+    assert not latest.is_symlink()
+    assert sorted(p.name for p in latest.parent.iterdir()) == ["a", "latest"]
+
+    run("merge", tiny, tmp_path, "--run.name=m")
+    assert json.loads((tmp_path / "tiny/merge/m/summary.json").read_text())["adapter"] == str(latest.with_name("a"))
+    policies = f"--evaluate.policies=[mine={latest}, {latest}/checkpoint-2]"
+    summary = run("evaluate", tiny, tmp_path, "--run.name=e", policies)
+    assert summary["policies"] == ["reference", "mine", "a/checkpoint-2"]
+    assert run("report", tiny, tmp_path)["evaluation"] == str(tmp_path / "tiny/evaluate/e")
+    for given in (["--resume"], ["--resume", str(latest)], ["--resume", str(latest / "checkpoint-2")]):
+        with pytest.raises(SystemExit) as stop:
+            run("ppo", tiny, tmp_path, *given)
+        assert stop.value.code == 2
+        assert f"{latest.with_name('a')} is finished" in capsys.readouterr().err
+
+
+def test_a_link_gives_way_to_a_file_and_a_file_to_a_link(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    runs._point_latest(tmp_path / "a")
+    assert followed(tmp_path / "latest" / "deep").resolve() == tmp_path / "a" / "deep"
+    with monkeypatch.context() as patch:
+        no_links(patch)
+        runs._point_latest(tmp_path / "b")
+    assert followed(tmp_path / "latest" / "deep") == tmp_path / "b" / "deep"
+    runs._point_latest(tmp_path / "c")
+    assert (tmp_path / "latest").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "latest"]
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing(tiny, tmp_path, monkeypatch):
+    recipe = load_recipe(tiny, {"run.output": str(tmp_path)})
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "_point_latest", full)
+    with pytest.raises(OSError, match="No space"):
+        Run.prepare(recipe, "ppo").start()
+    assert list((tmp_path / "tiny/ppo").iterdir()) == []
+
+
+def test_runs_of_one_second_all_run(tiny, tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 1)
+
+    monkeypatch.setattr(runs, "datetime", Clock)
+    recipe = load_recipe(tiny, {"run.output": str(tmp_path)})
+    jobs = [Run.prepare(recipe, "ppo") for _ in range(6)]
+    assert len({job.folder for job in jobs}) == 1
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(Run.start, jobs))
+    first = "20260101-000000-seed0"
+    assert sorted(job.folder.name for job in jobs) == [first, *(f"{first}-{number}" for number in range(2, 7))]
+    assert all((job.folder / "recipe.resolved.yaml").is_file() for job in jobs)
+    assert (tmp_path / "tiny/ppo/latest").resolve() in {job.folder for job in jobs}
+    assert len(list((tmp_path / "tiny/ppo").iterdir())) == 7
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_of_a_run_follows_the_umask(umask, tiny, tmp_path):
+    before = os.umask(umask)
+    try:
+        run("ppo", tiny, tmp_path, "--run.name=it", "--ppo.save_steps=1", "--ppo.total_episodes=8", "--ppo.eval_strategy=no")
+        run("merge", tiny, tmp_path, "--run.name=it")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "tiny").rglob("*") if file.is_file() and not file.is_symlink()]
+    assert {"adapter_model.safetensors", "value.safetensors", "optimizer.safetensors", "model.safetensors", "summary.json"} <= {
+        file.name for file in files
+    }
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+CONNECTED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "PMI_SIZE=2"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
+        ({**CONNECTED, "MASTER_ADDR": ""}, "WORLD_SIZE=2"),
+    ],
+)
+def test_processes_that_no_launcher_has_connected(variables, named, tiny, monkeypatch, tmp_path, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as stop:
+        run("ppo", tiny, tmp_path / "outputs")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"error: {named} in the environment" in error
+    assert "launch with accelerate" in error
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, CONNECTED, CONNECTED | {"PMI_SIZE": "2"}, {"WORLD_SIZE": "1", "RANK": "", "LOCAL_RANK": "-1"},
+     {"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}],
+)  # fmt: skip
+def test_processes_that_are_connected_or_alone(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert list(environment.settle()) == []
+
+
+def test_what_would_change_a_run_behind_its_recipe_is_named_and_set_aside(monkeypatch):
+    variables = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8", "SLURM_STEP_NUM_TASKS": "3",
+                 "ACCELERATE_USE_CPU": "True"}  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    lines = list(environment.settle())
+    assert lines == [
+        "srun has started 3 tasks, and each is a run of its own; for one run: accelerate_configs/slurm.sh",
+        "ACCELERATE_MIXED_PRECISION=fp16 is set aside: the recipe's `model.dtype` decides",
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is set aside: nothing is compiled here",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 is set aside: the stage's `gradient_accumulation_steps` decides",
+    ]
+    assert [os.environ[name] for name in list(variables)[:3]] == ["no", "no", "1"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}.items():
+        monkeypatch.setenv(name, value)  # as accelerate's launcher does
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert list(environment.settle()) == []
+
+
+def test_of_several_processes_the_first_speaks_and_one_that_alone_fails_after_a_while(monkeypatch, tmp_path, capsys):
+    waited = []
+    monkeypatch.setattr(environment.time, "sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, said in (("0", "error: no"), ("3", "process 3: error: no")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            environment.fail("error: no", 3)
+        assert stop.value.code == 3
+        assert capsys.readouterr().err == said + "\n"
+        assert json.loads((tmp_path / "error.json").read_text())["message"] == said
+    assert waited == [3]
+
+
+def test_timing_has_seconds_and_tokens_a_second(tiny, tmp_path):
+    run("ppo", tiny, tmp_path, "--run.name=it", "--ppo.eval_strategy=no")
+    folder = tmp_path / "tiny/ppo/it"
+    rows, metrics = ([json.loads(line) for line in (folder / f"{n}.jsonl").open()] for n in ("timing", "metrics"))
+    for timing, row in zip(rows, metrics, strict=False):
+        assert set(timing) == {"step", "eps", "seconds", "tokens_per_second"}
+        assert timing["seconds"] * timing["tokens_per_second"] == pytest.approx(8 * row["completions/mean_length"])
+        assert timing["eps"] == int(8 / timing["seconds"])
+        assert not set(timing) & set(row) - {"step"}
