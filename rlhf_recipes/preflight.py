@@ -17,6 +17,7 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+SMOOTHED = frozenset(("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"))  # read `label_smoothing`; sigmoid: dpo_trainer.py
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 SFT_LOSSES = ("nll", "dft", "chunked_nll")
@@ -292,8 +293,7 @@ def _check_dpo(recipe: Recipe) -> None:
     to_be_made = pairs.source == "sampled" and pairs.path is None
     if to_be_made and pairs.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
         raise RecipeError("`preferences.label` expected is a smoothing of the labels that only `dpo.loss_type` [sigmoid] has")
-    if "exo_pair" in dpo.get("loss_type", []) and not dpo.get("label_smoothing"):
-        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
+    _check_label_smoothing(dpo.get("label_smoothing", 0), dpo.get("loss_type", ["sigmoid"]))
     divergence = dpo.get("f_divergence_type", "reverse_kl")
     if divergence not in F_DIVERGENCES:
         raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
@@ -301,6 +301,26 @@ def _check_dpo(recipe: Recipe) -> None:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
         _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
+
+
+def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
+    """What it means is the losses' to say."""
+    if "exo_pair" in losses and not smoothing:
+        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
+    if not smoothing:
+        return
+    if smoothing >= 0.5:
+        raise RecipeError(f"`dpo.label_smoothing` {smoothing}: a label that is wrong half of the time says nothing; below 0.5")
+    if not SMOOTHED.intersection(losses):
+        raise RecipeError(
+            f"`dpo.label_smoothing` has no effect on {', '.join(losses)}: only {', '.join(sorted(SMOOTHED))} read it; leave it out"
+        )
+    others = sorted(SMOOTHED.intersection(losses) - {"sigmoid"})
+    if "sigmoid" in losses and others:
+        raise RecipeError(
+            f"`dpo.label_smoothing` is another thing to sigmoid (labels that are wrong with this probability) than to "
+            f"{', '.join(others)}; leave one of them out of `dpo.loss_type`"
+        )
 
 
 def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:

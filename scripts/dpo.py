@@ -58,7 +58,7 @@ def main(recipe: Recipe) -> dict:
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
             pairs = preferences.load_pairs(run.folder / name, vocabulary)
         run.memory["round"] = number
-        trainer = DPOTrainer(args, roles, pairs)
+        trainer = DPOTrainer(args, roles, pairs, fresh=number == 0 and run.checkpoint is None)
         watch(trainer, run)
         trainer.train()
         pairs = None
