@@ -36,9 +36,20 @@ class DPOConfig(trl.DPOConfig):
     )
 
 
-def sft_fields(train: Dataset) -> dict[str, Any]:
-    """TRL trains on completions alone where it finds prompts beside them; we hand it their tokens."""
-    return {"completion_only_loss": True} if "completion" in train.column_names else {}
+def sft_fields(train: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """TRL trains on completions alone where it finds prompts beside them; we hand it their tokens.
+
+    Raises:
+        RecipeError: `completion_only_loss` of data without completions.
+    """
+    if "completion" in train.column_names:
+        return {"completion_only_loss": True}
+    if recipe.stages["sft"].get("completion_only_loss"):
+        raise RecipeError(
+            f"`sft.completion_only_loss` needs columns `prompt` and `completion`, and load_demonstrations has "
+            f"{', '.join(train.column_names)}"
+        )
+    return {}
 
 
 def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path = Path(), **shared: Any) -> Any:
@@ -64,7 +75,22 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
         **recipe.stages[section],
     }
     with refused_by_trl(section):
-        return config_class(**values)
+        config = config_class(**values)
+    if getattr(config, "activation_offloading", False) and not torch.cuda.is_available():
+        raise RecipeError(f"`{section}.activation_offloading` moves activations off a GPU, and this machine has none; leave it out")
+    return config
+
+
+def refuse_unread(trainer: Any, recipe: Recipe, section: str) -> None:
+    """
+    Raises:
+        RecipeError: for a key that only some backbones read, and this one does not.
+    """
+    if recipe.stages[section].get("router_aux_loss_coef") and not trainer.aux_loss_enabled:
+        raise RecipeError(
+            f"`{section}.router_aux_loss_coef` has no effect here: `model.path` {recipe.model.path} is no mixture of experts; "
+            f"leave it out"
+        )
 
 
 @contextmanager

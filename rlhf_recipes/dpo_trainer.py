@@ -64,6 +64,23 @@ class Collator(DataCollatorForPreference):
         return super().torch_call(examples) | {"label_smoothing": smoothing}
 
 
+def fitting_pairs(pairs: Dataset, args: DPOConfig) -> Dataset:
+    """Without those whose prompt alone fills `max_length`, as TRL leaves them out: nothing of their completions is left.
+
+    Raises:
+        RecipeError: there are no others.
+    """
+    longest, rows = args.max_length, len(pairs)
+    if longest is None or args.truncation_mode != "keep_start":
+        return pairs
+    pairs = pairs.filter(lambda pair: len(pair["prompt_ids"]) < longest)
+    if len(pairs) == 0:
+        raise RecipeError(f"`dpo.max_length` {longest}: no completion is left of {rows} pairs; their prompts are as long: raise it")
+    if len(pairs) < rows and PartialState().is_main_process:
+        print(f"{rows - len(pairs)} of {rows} pairs have prompts that fill dpo.max_length={longest}, left out")
+    return pairs
+
+
 class DPOTrainer(Resumable, trl.DPOTrainer):
     """Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)).
 
@@ -104,20 +121,17 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
             )
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: DPOConfig, name: str) -> Dataset:
-        """TRL's would tokenise text again. Like it, leaves out a pair whose prompt alone fills `max_length`."""
-        longest = args.max_length
-        if longest is not None and args.truncation_mode == "keep_start":
-            rows = len(dataset)
-            dataset = dataset.filter(lambda pair: len(pair["prompt_ids"]) < longest)
-            if len(dataset) == 0:
-                raise RecipeError(f"`dpo.max_length` {longest}: the prompts of all {rows} pairs are as long; raise it")
-            if len(dataset) < rows and PartialState().is_main_process:
-                print(f"{rows - len(dataset)} of {rows} pairs have prompts of dpo.max_length={longest} or more, left out")
+        """TRL's would tokenise text again."""
+        dataset = fitting_pairs(dataset, args)
+        if args.train_sampling_strategy == "group_by_length":
+            longer = [max(len(y), len(z)) for y, z in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
+            lengths = [len(x) + y for x, y in zip(dataset["prompt_ids"], longer, strict=True)]
+            dataset = dataset.add_column("length", lengths)
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "label_smoothing"})
+        self._signature_columns = list({*self._signature_columns, "label_smoothing", "length"})
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; with p = `label_smoothing` that of both orders: -(1 - p) log sigmoid(z) - p log sigmoid(-z).

@@ -17,7 +17,7 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, sft_fields, stage_config
     from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
@@ -37,7 +37,7 @@ def main(recipe: Recipe) -> dict:
     else:
         tokenizer = load_tokenizer(recipe)
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
-    sft_keys = sft_fields(train)
+    sft_keys = sft_fields(train, recipe)
     train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     model = build()
 
@@ -47,6 +47,7 @@ def main(recipe: Recipe) -> dict:
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
+    refuse_unread(trainer, recipe, "sft")
 
     run = Run.prepare(recipe, "sft")
     run.start()
