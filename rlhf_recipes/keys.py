@@ -146,6 +146,7 @@ _REFUSED = {
     | {
         **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ONE_REFERENCE),
         "label_smoothing_factor": "the loss is about pairs; see `dpo.label_smoothing`",
+        "remove_unused_columns": "pairs hold nothing but what the loss reads",
         "padding_free": "TRL 1.12 has switched it off, and pads",
         **dict.fromkeys(
             ("torch_compile", "torch_compile_backend", "torch_compile_mode"),

@@ -32,7 +32,7 @@ _NOT_NEGATIVE = {
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "vf_coef", "cliprange",
     "cliprange_value", "dataloader_num_workers", "neftune_noise_alpha", "logging_steps", "eval_steps", "save_steps",
 }  # fmt: skip
-_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing"}
+_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "label_smoothing_factor"}
 _LEAST_VOCABULARY = 259  # of data.train_tokenizer
 ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,6 +54,7 @@ def check(recipe: Recipe, stage: str) -> None:
         return
     section = recipe.stages.get(section_of(stage), {})
     _check_numbers(section_of(stage), section)
+    _check_machine(section_of(stage), section)
     if stage == "sft" and section.get("loss_type", "nll") not in SFT_LOSSES:
         raise RecipeError(
             f"`sft.loss_type`: {section['loss_type']!r} is none of {', '.join(SFT_LOSSES)}"
@@ -170,11 +171,29 @@ def _check_numbers(name: str, section: dict[str, Any]) -> None:
         (_COUNTS, lambda n: n >= 1, "at least 1"),
         (_NOT_NEGATIVE, lambda n: n >= 0, "at least 0"),
         (_SHARES, lambda n: 0 <= n <= 1, "a number between 0 and 1"),
-        ({"num_train_epochs"}, lambda n: n > 0, "more than 0"),
+        ({"num_train_epochs", "discopop_tau"}, lambda n: n > 0, "more than 0"),
     ):
         for key in sorted(keys & section.keys()):
             if section[key] is not None and not fits(section[key]):
                 raise RecipeError(f"`{name}.{key}`: expected {expected}, got {section[key]}")
+
+
+def _check_machine(name: str, section: dict[str, Any]) -> None:
+    """Keys that this machine, or the way it was launched, leaves without effect."""
+    for key in ("use_cpu", "ddp_backend"):
+        if key in section and not _launched_with("DeepSpeed"):  # which TRL still starts
+            raise RecipeError(
+                f"`{name}.{key}` has no effect here: a GPU is used where there is one (CUDA_VISIBLE_DEVICES= hides it), and the "
+                f"processes are connected before TRL reads its keys; leave it out"
+            )
+    if section.get("use_liger_kernel") and not _installed("liger_kernel"):
+        raise RecipeError(f"`{name}.use_liger_kernel` needs the package liger-kernel: pip install liger-kernel")
+    held_out = name == "sft" and section.get("eval_strategy", "no") != "no"
+    if section.get("lr_scheduler_type") == "reduce_lr_on_plateau" and not held_out:
+        raise RecipeError(
+            f"`{name}.lr_scheduler_type` reduce_lr_on_plateau follows a held-out loss while it trains, which only sft with "
+            f"`sft.eval_strategy` steps or epoch has"
+        )
 
 
 def _launched_with(engine: str) -> bool:
