@@ -77,7 +77,9 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
     with refused_by_trl(section):
         config = config_class(**values)
     if getattr(config, "activation_offloading", False) and not torch.cuda.is_available():
-        raise RecipeError(f"`{section}.activation_offloading` moves activations off a GPU, and this machine has none; leave it out")
+        raise RecipeError(
+            f"`{section}.activation_offloading` moves activations off a GPU, and this machine has none; leave it out"
+        )
     return config
 
 

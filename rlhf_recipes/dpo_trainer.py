@@ -21,7 +21,6 @@ from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.runtime import progress_bar
 from rlhf_recipes.sampling import response_forward, response_mask
 
-
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 2e-2}  # nats a token, of two ways to one log-probability
 
 
@@ -75,7 +74,9 @@ def fitting_pairs(pairs: Dataset, args: DPOConfig) -> Dataset:
         return pairs
     pairs = pairs.filter(lambda pair: len(pair["prompt_ids"]) < longest)
     if len(pairs) == 0:
-        raise RecipeError(f"`dpo.max_length` {longest}: no completion is left of {rows} pairs; their prompts are as long: raise it")
+        raise RecipeError(
+            f"`dpo.max_length` {longest}: no completion is left of {rows} pairs; their prompts are as long: raise it"
+        )
     if len(pairs) < rows and PartialState().is_main_process:
         print(f"{rows - len(pairs)} of {rows} pairs have prompts that fill dpo.max_length={longest}, left out")
     return pairs

@@ -204,7 +204,7 @@ _NEEDS: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
     "discopop_tau": ("loss_type", "[discopop]", lambda value: "discopop" in (value or ())),
     "kl_horizon": ("kl_target", "", _on),
     "reference_sync_steps": ("reference", "sync", lambda value: value == "sync"),
-    "warmup_steps": ("lr_scheduler_type", "other than constant, such as constant_with_warmup", lambda value: value != "constant"),
+    "warmup_steps": ("lr_scheduler_type", "constant_with_warmup, or another than constant", lambda value: value != "constant"),
     "optim_args": ("optim", "one with settings beside adam_* and weight_decay, such as sgd",
                    lambda value: value not in ("default_optim", "adamw_torch", "adamw_torch_fused", "adafactor")),
     "num_train_epochs": ("max_steps", "-1", lambda value: value is None or value <= 0),

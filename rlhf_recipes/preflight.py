@@ -17,7 +17,9 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-SMOOTHED = frozenset(("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"))  # read `label_smoothing`; sigmoid: dpo_trainer.py
+SMOOTHED = frozenset(
+    ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+)  # read `label_smoothing`; sigmoid: dpo_trainer.py
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 SFT_LOSSES = ("nll", "dft", "chunked_nll")
@@ -183,8 +185,8 @@ def _check_machine(name: str, section: dict[str, Any]) -> None:
     for key in ("use_cpu", "ddp_backend"):
         if key in section and not _launched_with("DeepSpeed"):  # which TRL still starts
             raise RecipeError(
-                f"`{name}.{key}` has no effect here: a GPU is used where there is one (CUDA_VISIBLE_DEVICES= hides it), and the "
-                f"processes are connected before TRL reads its keys; leave it out"
+                f"`{name}.{key}` has no effect here: a GPU is used where there is one (CUDA_VISIBLE_DEVICES= hides it), and "
+                f"the processes are connected before TRL reads its keys; leave it out"
             )
     if section.get("use_liger_kernel") and not _installed("liger_kernel"):
         raise RecipeError(f"`{name}.use_liger_kernel` needs the package liger-kernel: pip install liger-kernel")
@@ -332,7 +334,8 @@ def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
         raise RecipeError(f"`dpo.label_smoothing` {smoothing}: a label that is wrong half of the time says nothing; below 0.5")
     if not SMOOTHED.intersection(losses):
         raise RecipeError(
-            f"`dpo.label_smoothing` has no effect on {', '.join(losses)}: only {', '.join(sorted(SMOOTHED))} read it; leave it out"
+            f"`dpo.label_smoothing` has no effect on {', '.join(losses)}: only {', '.join(sorted(SMOOTHED))} read it; "
+            f"leave it out"
         )
     others = sorted(SMOOTHED.intersection(losses) - {"sigmoid"})
     if "sigmoid" in losses and others:

@@ -284,6 +284,7 @@ SECTIONS: dict[str, type] = {
 }
 STAGES = tuple(CONFIG_SOURCES)
 
+
 @dataclass(frozen=True)
 class Recipe:
     """A resolved recipe: the shared sections typed, the stage sections as TRL's own field names and values."""

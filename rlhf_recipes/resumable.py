@@ -228,7 +228,13 @@ class Resumable(Trainer):
 
 
 class SFTTrainer(Resumable, trl.SFTTrainer):
-    """TRL's, resumable."""
+    """TRL's, resumable. TRL writes `router_aux_loss_coef` into the config, which a mixture of experts has read by then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.model.modules():
+            if "router_aux_loss_coef" in vars(module):
+                module.router_aux_loss_coef = self.args.router_aux_loss_coef
 
 
 class RewardTrainer(Resumable, trl.RewardTrainer):

@@ -185,15 +185,15 @@ def test_the_first_loss_of_every_kind(loss_type, pairs, tiny, roles, tmp_path):
     """The table against TRL; sft's is the policy's own cross-entropy."""
     make_fresh(roles)
     smoothing = 0.1 if loss_type in SMOOTHED else 0.0
-    loss, _ = first_loss_of(
-        roles, tiny, tmp_path, uneven(pairs), fresh=True, loss_type=[loss_type], label_smoothing=smoothing
-    )
+    loss, _ = first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, loss_type=[loss_type], label_smoothing=smoothing)
     assert loss == pytest.approx(first_loss(loss_type, 0.05, smoothing), rel=1e-4, abs=1e-4)
 
 
 def test_a_policy_that_does_not_start_as_the_reference_is_stopped(pairs, tiny, roles, tmp_path, capsys, monkeypatch):
     """The fixture's has moved; in a script, the reference's log-probabilities are those of other weights."""
-    with pytest.raises(StoppedError, match=r"the log-ratios of chosen and rejected are 0 and the loss 0\.693147, and the first"):
+    with pytest.raises(
+        StoppedError, match=r"the log-ratios of chosen and rejected are 0 and the loss 0\.693147, and the first"
+    ):
         first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True)
     with pytest.raises(StoppedError, match="0, and the first batch has"):  # where the loss has no known start
         first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, use_weighting=True)
@@ -214,7 +214,7 @@ def test_label_smoothing_of_the_sigmoid_loss(expected, pairs, tiny, roles, tmp_p
     plain = uneven(pairs)
     lose = torch.nn.functional.logsigmoid
     for e in (0.0, 0.2):
-        loss, trainer = first_loss_of(roles, tiny, tmp_path, dataset, label_smoothing=e)
+        loss, _ = first_loss_of(roles, tiny, tmp_path, dataset, label_smoothing=e)
         _, margins = first_loss_of(roles, tiny, tmp_path, plain, loss_type=["hinge"])
         batch = margins.data_collator(margins.train_dataset.select(range(8)).to_list())
         z = []
@@ -226,7 +226,10 @@ def test_label_smoothing_of_the_sigmoid_loss(expected, pairs, tiny, roles, tmp_p
         z, p = torch.tensor(z), expected * (1 - e) + (1 - expected) * e
         assert loss == pytest.approx((-(1 - p) * lose(z) - p * lose(-z)).mean().item(), abs=1e-5)
     both, _ = first_loss_of(roles, tiny, tmp_path, plain, loss_type=["sigmoid", "sft"], label_smoothing=0.2)
-    alone = [first_loss_of(roles, tiny, tmp_path, plain, loss_type=[name], label_smoothing=e)[0] for name, e in (("sigmoid", 0.2), ("sft", 0.0))]
+    alone = [
+        first_loss_of(roles, tiny, tmp_path, plain, loss_type=[name], label_smoothing=e)[0]
+        for name, e in (("sigmoid", 0.2), ("sft", 0.0))
+    ]
     assert both == pytest.approx(sum(alone), abs=1e-5)
 
 

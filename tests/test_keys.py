@@ -7,6 +7,7 @@ different. A field that a new TRL brings is in no table, and fails here until it
 import importlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rlhf_recipes import keys
 from rlhf_recipes.names import ABSENT, MEANT, meant
-from rlhf_recipes.recipe import STAGES, RecipeError, keys_of_sections, load_recipe, section_of
+from rlhf_recipes.recipe import SECTIONS, STAGES, RecipeError, keys_of_sections, load_recipe, section_of
 from rlhf_recipes.schema import stage_fields
 from tests.test_scripts import run
 
 # --- how a key is observed ---------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
+class AtTrainingError(Exception):
     """Carries the trainer out of a script, before or after its training."""
 
 
@@ -214,12 +217,14 @@ SFT = TRAINER | {
     "assistant_only_loss": Refused(True, "the dataset is not conversational"),
 }
 REWARD = TRAINER | {
+    "train_sampling_strategy": in_metrics("group_by_length"),
     "eval_strategy": Refused("steps", "judges held-out data at its end"),
     "max_length": built(10, rows),
     "pad_to_multiple_of": built(64, width),
     "center_rewards_coefficient": in_metrics(0.5),
 }
 DPO = TRAINER | {
+    "train_sampling_strategy": in_metrics("group_by_length"),
     "eval_strategy": Refused("steps", "judges held-out data at its end"),
     "save_strategy": in_files("steps"),
     "save_steps": in_files(1, save_strategy="steps"),
@@ -319,70 +324,74 @@ def process_as_it_was():
 KNOWN: dict[str, Any] = {}  # what was seen with the keys of a stage as JSON
 
 
-def observe(stage, values, place, recipe, key):
-    """What `key.look` sees of a stage's section with `values`; a stage is run once for the same values."""
+def observe(section, values, place, recipe, key):
+    """What `key.look` sees of a stage with `values`, dotted keys; a stage is run once for the same values."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     from rlhf_recipes.resumable import Resumable
 
-    said = json.dumps([stage, key.trained, values], sort_keys=True)
+    said = json.dumps([section, key.trained, values, str(recipe)], sort_keys=True)
     if said in KNOWN and key.look in (metrics, files):
         return key.look(KNOWN[said])
-    name, passes, train, forward = f"run-{len(KNOWN)}-{len(list(place.iterdir()))}", [], Resumable.train, LlamaMLP.forward
+    stage, name, passes = stage_of(section), f"run-{len(list(place.iterdir()))}", []
+    train, forward = Resumable.train, LlamaMLP.forward
 
     def stopping(trainer, *args, **kwargs):
         if key.trained:
             train(trainer, *args, **kwargs)
-        raise Stopped(Seen(trainer, place / name / recipe.name / stage_of(stage) / "it", len(passes)))
+        raise AtTrainingError(Seen(trainer, place / name / recipe.name / stage / "it", len(passes)))
 
     def counted(layer, *args):
-        if layer.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             passes.append(layer)
         return forward(layer, *args)
 
-    words = [f"--{stage}.{k}={json.dumps(v)}" for k, v in values.items()]
+    words = [
+        "--evaluate.prompts=2",
+        "--evaluate.samples=1",
+        "--watch.prompts=4",
+        "--run.name=it",
+        f"--run.output={place / name}",
+    ]
     words += [f"--preferences.path={place}/outputs/tiny/preferences/it"] if stage == "dpo" else []
-    words += ["--evaluate.prompts=2", "--evaluate.samples=1", "--watch.prompts=4"]
+    words += [f"--{k}={json.dumps(v)}" for k, v in values.items()]  # of two of a key the last one holds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Resumable, "train", stopping)
         patch.setattr(LlamaMLP, "forward", counted)
         try:
-            importlib.import_module(f"scripts.{stage_of(stage)}").main(
-                ["--recipe", str(recipe), "--run.output", str(place / name), "--run.name", "it", *words]
-            )
-        except Stopped as stopped:
+            importlib.import_module(f"scripts.{stage}").main(["--recipe", str(recipe), *words])
+        except AtTrainingError as stopped:
             seen = stopped.args[0]
-    seen_now = key.look(seen)
     if key.look in (metrics, files):
         KNOWN[said] = seen
-    return seen_now
+    return key.look(seen)
 
 
 def stage_of(section):
     return next(stage for stage in ("sft", "reward", "ppo", "a2c", "dpo") if section_of(stage) == section)
 
 
-def check_refused(stage, name, key, tiny, place, capsys):
-    words = [f"--{stage}.{name}={json.dumps(key.value)}", "--run.output", str(place / "none")]
+def check_refused(stage, dotted, key, tiny, place, capsys):
+    words = [f"--{dotted}={json.dumps(key.value)}", "--run.output", str(place / "none")]
     words += {"dpo": ["--preferences.source=task"], "sft": ["--sft.from_scratch=false"]}.get(stage, [])
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"scripts.{stage_of(stage)}").main(["--recipe", str(tiny), *words])
     assert stop.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert key.words in line
-    assert name in line
+    assert dotted.split(".")[1] in line
     assert not (place / "none").exists()
 
 
 def check(stage, name, tiny, place, capsys):
-    key = KEYS[stage][name]
+    key, dotted = KEYS[stage][name], f"{stage}.{name}"
     if isinstance(key, Refused):
-        return check_refused(stage, name, key, tiny, place, capsys)
+        return check_refused(stage, dotted, key, tiny, place, capsys)
+    before = {f"{stage}.{k}": v for k, v in (COMMON[stage] | getattr(key, "beside", {})).items()}
     if isinstance(key, Elsewhere):
-        return observe(stage, COMMON[stage] | {name: key.value}, place, tiny, built(key.value, argument(name)))
-    before = COMMON[stage] | key.beside
-    assert before.get(name) != key.value
-    after = before | {name: key.value}
+        return observe(stage, before | {dotted: key.value}, place, tiny, built(key.value, argument(name)))
+    assert before.get(dotted) != key.value
+    after = before | {dotted: key.value}
     assert observe(stage, before, place, tiny, key) != observe(stage, after, place, tiny, key)
     return None
 
@@ -415,6 +424,155 @@ def test_every_key_has_its_effect_in_the_other_stages_too(stage, name, tiny, pla
     check(stage, name, tiny, place, capsys)
 
 
+HIDDEN_24 = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+MIXTURE = HIDDEN_24 | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4}
+WITH_DATA = [  # keys of sft that only some data, or some backbones, have
+    ("completion_only_loss", False, '{"prompt": "the ", "completion": "film was great"}', {}),
+    (
+        "assistant_only_loss",
+        True,
+        '{"messages": [{"role": "user", "content": "the?"}, {"role": "assistant", "content": "film"}]}',
+        {},
+    ),
+    ("router_aux_loss_coef", 0.5, '{"text": "the film was great"}', {"sft.from_scratch": True, "model.architecture": MIXTURE}),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "row", "beside"), WITH_DATA, ids=[case[0] for case in WITH_DATA])
+def test_keys_that_need_their_data_or_backbone(name, value, row, beside, tiny, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder)
+    with (folder / "task.py").open("a") as file:
+        file.write(f"\ndef load_demonstrations(split):\n    return Dataset.from_list([{row}] * 8)\n")
+    (folder / "template.jinja").write_text(TEMPLATE)
+    before = {f"sft.{k}": v for k, v in COMMON["sft"].items()} | {"model.chat_template": "template.jinja"} | beside
+    key = Key(value, metrics)
+    assert observe("sft", before, tmp_path, folder, key) != observe(
+        "sft", before | {f"sft.{name}": value}, tmp_path, folder, key
+    )
+
+
+# --- the shared sections -----------------------------------------------------------------------------------------
+
+FEW = {
+    "evaluate.completions": 2, "evaluate.reference_completions": 2, "evaluate.prompts": 2,
+    "evaluate.policies": ["reference", "best-of-2", "same=checkpoints/backbone"],
+}  # fmt: skip
+FOREIGN = {"reward.model": "foreign", "reward.label": "good"}
+TERMS = [{"function": "gold_reward"}, {"adapter": "checkpoints/reward", "read_eos": False}]
+
+
+# key -> the stage that reads it, and as above; Elsewhere: which file of tests has it
+SHARED = {
+    "model.path": ("ppo", Refused("./nowhere", "no such folder")),
+    "model.trust_remote_code": ("ppo", Elsewhere(True, "test_security.py")),
+    "model.dtype": ("ppo", in_metrics("bfloat16")),
+    "model.quantization": ("ppo", Refused("4bit", "computes in bfloat16")),
+    "model.attention": ("ppo", built("eager", lambda seen: seen.trainer.roles.policy.config._attn_implementation)),
+    "model.pad_token": ("ppo", built("<s>", lambda seen: seen.trainer.processing_class.pad_token)),
+    "model.chat_template": ("ppo", Elsewhere("x.jinja", "test_chitchat.py")),
+    "model.save_dtype": ("sft", Elsewhere("bfloat16", "test_merge.py")),
+    "model.architecture": ("sft", built(HIDDEN_24, weights, **{"sft.from_scratch": True})),
+    "lora.r": ("ppo", built(2, weights)),
+    "lora.alpha": ("ppo", in_metrics(32)),
+    "lora.dropout": ("reward_training", in_metrics(0.5)),
+    "lora.target_modules": ("ppo", in_metrics(["q_proj"])),
+    "reward.adapter": ("ppo", Refused("./nowhere", "no such folder")),
+    "reward.model": ("ppo", in_metrics("foreign", **{"reward.label": "good"})),
+    "reward.function": ("ppo", in_metrics("gold_reward")),
+    "reward.name": ("ppo", in_metrics("other", **{"reward.terms": None, "reward.adapter": "checkpoints/reward"})),
+    "reward.weight": ("ppo", in_metrics(2.0)),
+    "reward.read_eos": ("reward_training", built(True, lambda seen: seen.trainer.train_dataset[0]["chosen_ids"])),
+    "reward.label": ("ppo", in_metrics("bad", **FOREIGN)),
+    "reward.probability": ("ppo", in_metrics(True, **FOREIGN)),
+    "reward.pair": ("ppo", in_metrics(True, **FOREIGN)),
+    "reward.trust_remote_code": ("ppo", Elsewhere(True, "test_security.py")),
+    "reward.max_length": ("ppo", in_metrics(4, **FOREIGN)),
+    "reward.on_error": ("ppo", Elsewhere("skip", "test_rewards.py")),
+    "reward.terms": ("ppo", in_metrics(TERMS)),
+    "reward.normalize": ("ppo", Elsewhere(True, "test_rewards.py")),
+    "reward.normalize_prompts": ("ppo", Elsewhere(4, "test_rewards.py")),
+    "reward.clip": ("ppo", in_metrics(0.01)),
+    "reward.length_penalty": ("ppo", in_metrics(0.1)),
+    "reward.missing_eos_penalty": ("ppo", in_metrics(1.0)),
+    "objective.beta": ("ppo", in_metrics(0.5)),
+    "data.max_prompt_tokens": ("ppo", in_metrics(4)),
+    "data.max_completion_tokens": ("ppo", in_metrics(3)),
+    "sampling.temperature": ("ppo", in_metrics(0.5)),
+    "run.seed": ("ppo", in_metrics(1)),
+    "run.tracker": ("ppo", Elsewhere("wandb", "test_scripts.py")),
+    "run.project": ("ppo", Elsewhere("x", "test_sweep.py")),
+    "run.group": ("ppo", Elsewhere("x", "test_sweep.py")),
+    "run.name": ("ppo", Elsewhere("x", "test_scripts.py")),
+    "run.resume": ("ppo", Elsewhere("latest", "test_resume.py")),
+    "run.max_skipped_steps": ("ppo", Elsewhere(1, "test_resume.py")),
+    "run.output": ("ppo", Elsewhere("x", "test_scripts.py")),
+    "preferences.source": ("dpo", Elsewhere("task", "test_dpo.py")),
+    "preferences.label": ("preferences", "argmax"),
+    "preferences.pairs_per_prompt": ("preferences", 2),
+    "preferences.prompts": ("preferences", 5),
+    "preferences.batch_size": ("preferences", 4),
+    "preferences.path": ("dpo", Elsewhere("x", "test_dpo.py")),
+    "evaluate.prompts": ("evaluate", 3),
+    "evaluate.batch_size": ("evaluate", 3),
+    "evaluate.samples": ("evaluate", Elsewhere(1, "test_scripts.py")),
+    "evaluate.completions": ("evaluate", 3),
+    "evaluate.reference_completions": ("evaluate", 3),
+    "evaluate.exact": ("evaluate", Elsewhere(True, "test_lab.py")),
+    "evaluate.policies": ("evaluate", ["reference"]),
+    "watch.prompts": ("ppo", in_metrics(2, **{"ppo.eval_strategy": "steps", "ppo.eval_steps": 1, "evaluate.prompts": 8})),
+    "watch.on_over_optimisation": ("ppo", Elsewhere("stop", "test_leash.py")),
+    "report.evaluation": ("report", Elsewhere("x", "test_report.py")),
+    "merge.adapter": ("merge", Elsewhere("x", "test_merge.py")),
+    "merge.push": ("merge", Elsewhere("x", "test_merge.py")),
+    "merge.private": ("merge", Elsewhere(False, "test_merge.py")),
+}
+
+
+@pytest.fixture(scope="module")
+def judged(tiny, foreign, tmp_path_factory):
+    """The tiny recipe with a reward model of another kind beside it."""
+    folder = tmp_path_factory.mktemp("judged") / "tiny"
+    shutil.copytree(tiny, folder)
+    shutil.copytree(foreign, folder / "foreign")
+    tokenizer = Tokenizer.from_file(str(folder / "foreign" / "tokenizer.json"))
+    ends = [("<s>", tokenizer.token_to_id("<s>")), ("</s>", tokenizer.token_to_id("</s>"))]
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A </s> $B", special_tokens=ends)
+    tokenizer.save(str(folder / "foreign" / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("dotted", [f"{section}.{name}" for section in SECTIONS for name in keys_of_sections()[section]])
+def test_every_shared_key_has_its_effect(dotted, judged, place, tmp_path, capsys):
+    assert dotted in SHARED, f"`{dotted}` is in no table: put it into tests/test_keys.py with what it changes"
+    section, key = SHARED[dotted]
+    if isinstance(key, Elsewhere):
+        text = (Path(__file__).parent / key.where).read_text()
+        assert dotted.split(".")[1] in text or dotted in text
+    elif isinstance(key, Refused):
+        check_refused(section, dotted, key, judged, place, capsys)
+    elif isinstance(key, Key):
+        before = {f"{section}.{k}": v for k, v in COMMON[section].items()} | key.beside
+        assert observe(section, before, place, judged, key) != observe(
+            section, before | {dotted: key.value}, place, judged, key
+        )
+    else:
+        said = []
+        for number, values in enumerate(({}, {dotted: key})):
+            given = (FEW if section == "evaluate" else {}) | values
+            run(section, judged, tmp_path / str(number), *(f"--{k}={json.dumps(v)}" for k, v in given.items()))
+            output = tmp_path / str(number) / "outputs/tiny" / section / "it"
+            said.append((output / ("pairs.jsonl" if section == "preferences" else "evaluation.json")).read_text())
+        assert said[0] != said[1]
+
+
 ANY = {"bool": "true", "int": "1", "float": "0.5"}
 
 
@@ -445,7 +603,7 @@ def test_every_other_key_is_refused_with_the_reason(stage):
         ({"max_steps": 3}, {"sft.num_train_epochs": 2}, "`sft.num_train_epochs` needs `sft.max_steps` -1"),
         ({"max_steps": 3}, {"sft.num_train_epochs": 2, "sft.max_steps": -1}, None),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, {}, None),
-        ({"lr_scheduler_type": "constant"}, {"sft.warmup_steps": 3}, "other than constant"),
+        ({"lr_scheduler_type": "constant"}, {"sft.warmup_steps": 3}, "needs `sft.lr_scheduler_type` constant_with_warmup"),
         ({"optim_args": "momentum=0.9"}, {}, "`sft.optim_args` needs `sft.optim` one with settings"),
         ({"packing_strategy": "wrapped"}, {}, "`sft.packing_strategy` needs `sft.packing` true"),
         ({"packing_strategy": "bfd"}, {}, None),  # TRL's default promises nothing
@@ -542,7 +700,11 @@ JUDGED = {"adapter": "checkpoints/reward", "read_eos": False, "name": "mine", "n
         ({"reward.adapter": None, "reward.function": "f"}, [(None, "f", True)], False),  # the long way
         ({"reward.adapter": "other"}, [("other", None, False)], True),  # the file's keys are about an adapter still
         ({"reward.terms": [{"function": "f"}, {"function": "g"}]}, [(None, "f", True), (None, "g", True)], False),
-        ({"reward.terms": [{"adapter": "a", "read_eos": False}, {"function": "g"}]}, [("a", None, False), (None, "g", True)], True),
+        (
+            {"reward.terms": [{"adapter": "a", "read_eos": False}, {"function": "g"}]},
+            [("a", None, False), (None, "g", True)],
+            True,
+        ),
         ({"reward.function": "f", "ppo.reward_baseline": True}, [(None, "f", True)], True),  # which preflight.py refuses
     ],
 )
