@@ -16,15 +16,15 @@ from typing import Any
 from rlhf_recipes import environment, interrupts
 from rlhf_recipes.recipe import (
     DEFAULT_RECIPE,
-    OWNER_OF,
     SECTIONS,
     Recipe,
     RecipeError,
     StoppedError,
+    instead_of,
+    keys_of_sections,
     load_recipe,
     nearest,
     read_yaml,
-    refused_keys,
     section_of,
 )
 from rlhf_recipes.resume import RESUMABLE, resumed_recipe
@@ -39,8 +39,12 @@ class CommandLine:
     help: bool
 
 
-def parse_command_line(argv: list[str]) -> CommandLine:
-    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value`, with = or a space."""
+def parse_command_line(argv: list[str], stage: str | None = None) -> CommandLine:
+    """`--recipe PATH`, `--resume [PATH]`, `--dry-run`, `--help` and any number of `--section.key=value`, with = or a space.
+
+    Args:
+        stage: whose command line it is; a message names its keys alone.
+    """
     recipe, overrides, flags = DEFAULT_RECIPE, {}, set()
     words = list(argv)
     while words:
@@ -53,7 +57,8 @@ def parse_command_line(argv: list[str]) -> CommandLine:
         key, equals, value = word[2:].partition("=")
         if key not in ("recipe", "resume") and "." not in key:
             near = nearest(key, ["recipe", "resume", "dry-run", "help"])
-            raise RecipeError(f"--{key}: unknown option{near or '; an override is --section.key=value'}")
+            advice = instead_of(key, (), stage=stage and section_of(stage))
+            raise RecipeError(f"--{key}: unknown option{advice or near or '; an override is --section.key=value'}")
         if not equals:
             if words and not words[0].startswith("--"):
                 value = words.pop(0)
@@ -90,9 +95,8 @@ def help_text(stage: str, doc: str) -> str:
     section = section_of(stage)
     if section in CONFIG_SOURCES:
         lines += ["", f"keys of `{section}`, TRL's own names (default):"]
-        unusable = OWNER_OF.keys() | refused_keys(section).keys()
-        own = {k: v for k, v in stage_fields(section).items() if k not in unusable}
-        lines += [f"  --{section}.{key} ({f.default})" for key, f in own.items()]
+        fields = stage_fields(section)
+        lines += [f"  --{section}.{key} ({fields[key].default})" for key in keys_of_sections()[section]]
     return "\n".join(lines)
 
 
@@ -105,7 +109,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
         def main(argv: list[str] | None = None) -> Any:
             environment.prepare()
             try:
-                line = parse_command_line(sys.argv[1:] if argv is None else argv)
+                line = parse_command_line(sys.argv[1:] if argv is None else argv, stage)
                 if line.help:
                     print(help_text(stage, doc))
                     return None

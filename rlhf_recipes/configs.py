@@ -41,13 +41,21 @@ class DPOConfig(trl.DPOConfig):
     )
 
 
-def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel, recipe: Recipe) -> dict[str, Any]:
     """What the data and the model ask of TRL's SFT, where the recipe does not say otherwise.
 
     It trains on completions alone where it finds prompts beside them; we hand it their tokens. Its chunked loss makes logits of
     its own: as Cohere's and Gemma's are, not as Granite's, Falcon-H1's or ModernBERT's, and it fails where a mixture of experts
     has no `num_experts` in its config. It adds an auxiliary loss of routers, which DeepSeek's do not have.
+
+    Raises:
+        RecipeError: `completion_only_loss` of data without completions.
     """
+    if recipe.stages["sft"].get("completion_only_loss") and "completion" not in train.column_names:
+        raise RecipeError(
+            f"`sft.completion_only_loss` needs columns `prompt` and `completion`, and load_demonstrations has "
+            f"{', '.join(train.column_names)}"
+        )
     config = model.config.get_text_config()
     _, head = trunk_and_head(model)
     scale, cap = getattr(config, "logit_scale", None) or 1.0, getattr(config, "final_logit_softcapping", None)
@@ -85,7 +93,24 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
         **recipe.stages[section],
     }
     with refused_by_trl(section):
-        return config_class(**values)
+        config = config_class(**values)
+    if getattr(config, "activation_offloading", False) and not torch.cuda.is_available():
+        raise RecipeError(
+            f"`{section}.activation_offloading` moves activations off a GPU, and this machine has none; leave it out"
+        )
+    return config
+
+
+def refuse_unread(trainer: Any, recipe: Recipe, section: str) -> None:
+    """
+    Raises:
+        RecipeError: for a key that only some backbones read, and this one does not.
+    """
+    if recipe.stages[section].get("router_aux_loss_coef") and not trainer.aux_loss_enabled:
+        raise RecipeError(
+            f"`{section}.router_aux_loss_coef` has no effect here: `model.path` {recipe.model.path} is no mixture of experts; "
+            f"leave it out"
+        )
 
 
 @contextmanager

@@ -17,6 +17,9 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+SMOOTHED = frozenset(
+    ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+)  # read `label_smoothing`; sigmoid: dpo_trainer.py
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 SFT_LOSSES = ("nll", "dft", "chunked_nll")
@@ -31,7 +34,7 @@ _NOT_NEGATIVE = {
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "vf_coef", "cliprange",
     "cliprange_value", "dataloader_num_workers", "neftune_noise_alpha", "logging_steps", "eval_steps", "save_steps",
 }  # fmt: skip
-_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing"}
+_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "label_smoothing_factor"}
 _LEAST_VOCABULARY = 259  # of data.train_tokenizer
 ENGINES_FOR = ("sft", "reward", "dpo")  # the stages that FSDP 2 and DeepSpeed can shard
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,6 +56,7 @@ def check(recipe: Recipe, stage: str) -> None:
         return
     section = recipe.stages.get(section_of(stage), {})
     _check_numbers(section_of(stage), section)
+    _check_machine(section_of(stage), section)
     if stage == "sft" and section.get("loss_type", "nll") not in SFT_LOSSES:
         raise RecipeError(
             f"`sft.loss_type`: {section['loss_type']!r} is none of {', '.join(SFT_LOSSES)}"
@@ -171,11 +175,29 @@ def _check_numbers(name: str, section: dict[str, Any]) -> None:
         (_COUNTS, lambda n: n >= 1, "at least 1"),
         (_NOT_NEGATIVE, lambda n: n >= 0, "at least 0"),
         (_SHARES, lambda n: 0 <= n <= 1, "a number between 0 and 1"),
-        ({"num_train_epochs"}, lambda n: n > 0, "more than 0"),
+        ({"num_train_epochs", "discopop_tau"}, lambda n: n > 0, "more than 0"),
     ):
         for key in sorted(keys & section.keys()):
             if section[key] is not None and not fits(section[key]):
                 raise RecipeError(f"`{name}.{key}`: expected {expected}, got {section[key]}")
+
+
+def _check_machine(name: str, section: dict[str, Any]) -> None:
+    """Keys that this machine, or the way it was launched, leaves without effect."""
+    for key in ("use_cpu", "ddp_backend"):
+        if key in section and not _launched_with("DeepSpeed"):  # which TRL still starts
+            raise RecipeError(
+                f"`{name}.{key}` has no effect here: a GPU is used where there is one (CUDA_VISIBLE_DEVICES= hides it), and "
+                f"the processes are connected before TRL reads its keys; leave it out"
+            )
+    if section.get("use_liger_kernel") and not _installed("liger_kernel"):
+        raise RecipeError(f"`{name}.use_liger_kernel` needs the package liger-kernel: pip install liger-kernel")
+    held_out = name == "sft" and section.get("eval_strategy", "no") != "no"
+    if section.get("lr_scheduler_type") == "reduce_lr_on_plateau" and not held_out:
+        raise RecipeError(
+            f"`{name}.lr_scheduler_type` reduce_lr_on_plateau follows a held-out loss while it trains, which only sft with "
+            f"`sft.eval_strategy` steps or epoch has"
+        )
 
 
 def _launched_with(engine: str) -> bool:
@@ -294,8 +316,7 @@ def _check_dpo(recipe: Recipe) -> None:
     to_be_made = pairs.source == "sampled" and pairs.path is None
     if to_be_made and pairs.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
         raise RecipeError("`preferences.label` expected is a smoothing of the labels that only `dpo.loss_type` [sigmoid] has")
-    if "exo_pair" in dpo.get("loss_type", []) and not dpo.get("label_smoothing"):
-        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
+    _check_label_smoothing(dpo.get("label_smoothing", 0), dpo.get("loss_type", ["sigmoid"]))
     divergence = dpo.get("f_divergence_type", "reverse_kl")
     if divergence not in F_DIVERGENCES:
         raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
@@ -303,6 +324,27 @@ def _check_dpo(recipe: Recipe) -> None:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
         _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
+
+
+def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
+    """What it means is the losses' to say."""
+    if "exo_pair" in losses and not smoothing:
+        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
+    if not smoothing:
+        return
+    if smoothing >= 0.5:
+        raise RecipeError(f"`dpo.label_smoothing` {smoothing}: a label that is wrong half of the time says nothing; below 0.5")
+    if not SMOOTHED.intersection(losses):
+        raise RecipeError(
+            f"`dpo.label_smoothing` has no effect on {', '.join(losses)}: only {', '.join(sorted(SMOOTHED))} read it; "
+            f"leave it out"
+        )
+    others = sorted(SMOOTHED.intersection(losses) - {"sigmoid"})
+    if "sigmoid" in losses and others:
+        raise RecipeError(
+            f"`dpo.label_smoothing` is another thing to sigmoid (labels that are wrong with this probability) than to "
+            f"{', '.join(others)}; leave one of them out of `dpo.loss_type`"
+        )
 
 
 def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,8 @@ import yaml
 from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from rlhf_recipes.keys import NO_SECRETS, OWNER_OF, SECRET, refused_keys, without_effect
+from rlhf_recipes.names import meant
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
 LATEST = "latest"  # beside the runs of a stage: a link to the newest
@@ -320,77 +322,6 @@ SECTIONS: dict[str, type] = {
 }
 STAGES = tuple(CONFIG_SOURCES)
 
-# A fact that several stages share has one owner; TRL's name for it is refused inside a stage section.
-OWNER_OF = {
-    "seed": "run.seed",
-    "data_seed": "run.seed",
-    "output_dir": "run.output",
-    "run_name": "run.name",
-    "report_to": "run.tracker",
-    "project": "run.project",
-    "kl_coef": "objective.beta",
-    "beta": "objective.beta",
-    "response_length": "data.max_completion_tokens",
-    "temperature": "sampling.temperature",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "model_init_kwargs": "model",
-    "trust_remote_code": "model.trust_remote_code",
-    "sft_model_path": "model.path",
-    "reward_model_path": "reward.model",
-    "missing_eos_penalty": "reward.missing_eos_penalty",
-}
-
-# Fields of TRL's configs that would be accepted and ignored; better refused with the reason.
-_AT_EOS = "a completion ends at the tokenizer's eos in every stage"
-_COMPUTED = "TRL computes it from the batch sizes and the number of processes"
-_SINGLE_STEP = "A2C takes one step on each rollout, at which nothing is clipped yet; scripts/ppo.py takes several"
-_ONE_REFERENCE = "the reference is the policy with its adapters off, in every stage"
-_CHECKPOINTS = {
-    "resume_from_checkpoint": "--resume goes on with a run",
-    "save_only_model": "a checkpoint holds what a run needs to go on; its adapter alone can be copied out of it",
-    "ignore_data_skip": "a run that goes on sees the data it would have seen",
-    "restore_callback_states_from_checkpoint": "--resume restores them",
-    "auto_find_batch_size": "a run whose batch size may change cannot be repeated or resumed",
-}
-_ENGINES = dict.fromkeys(
-    ("deepspeed", "fsdp", "fsdp_config"), "the launch file chooses it, as accelerate_configs/fsdp2.yaml and zero3.yaml do"
-)
-_NOT_READ = "PPO's loop does not read it"
-PPO_READS = frozenset((
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
-    "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "kl_estimator", "whiten_rewards", "cliprange", "vf_coef", "cliprange_value",
-    "gamma", "lam", "use_cpu", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
-    "kl_loss", "kl_target", "kl_horizon", "target_kl", "reference", "reference_sync_steps",
-    "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
-    "save_strategy", "save_steps", "save_total_limit",
-))  # fmt: skip
-_PPO_REFUSED = {
-    "stop_token": _AT_EOS,
-    "stop_token_id": _AT_EOS,
-    "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
-    "gradient_checkpointing": "PPO's loop does not use it",
-    **dict.fromkeys(("world_size", "num_total_batches"), _COMPUTED),
-    **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _COMPUTED),
-    **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _COMPUTED),
-}
-
-# Keys of secrets. A recipe holds none: it is written into the run's folder and sent to wandb, the command line too.
-_SECRET = re.compile(r"^token$|(^|_)(api_key|password|secret|(auth|hub|hf|access)_token)$", re.IGNORECASE)
-_NO_SECRETS = (
-    "a secret belongs neither into a recipe nor on a command line: both are written into the run's folder and sent to wandb; "
-    "give it in the environment variable HF_TOKEN (for wandb: WANDB_API_KEY)"
-)
-REFUSED = {
-    "sft": {"dataset_text_field": "`load_demonstrations` gives the column `text`"},
-    "ppo": _PPO_REFUSED,
-    "a2c": _PPO_REFUSED
-    | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value", "target_kl"), _SINGLE_STEP),
-    "dpo": dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _ONE_REFERENCE),
-}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -614,22 +545,15 @@ def _refuse_secrets(section: str, values: Any, file: str) -> None:
         seen.add(id(item))
         if isinstance(item, dict):
             for key in item:
-                if isinstance(key, str) and _SECRET.search(key):
-                    raise RecipeError(f"{file}: `{where}.{key}`: {_NO_SECRETS}")
+                if isinstance(key, str) and SECRET.search(key):
+                    raise RecipeError(f"{file}: `{where}.{key}`: {NO_SECRETS}")
             pending += [(f"{where}.{key}", inner) for key, inner in item.items()]
         elif isinstance(item, list):
             pending += [(f"{where}[{i}]", inner) for i, inner in enumerate(item)]
 
 
-@functools.cache
-def refused_keys(stage: str) -> dict[str, str]:
-    """TRL's fields that the stage would accept and ignore, or that are secrets, with the reason."""
-    secrets = dict.fromkeys(filter(_SECRET.search, stage_fields(stage)), _NO_SECRETS)
-    unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
-    return unread | secrets | _CHECKPOINTS | _ENGINES | REFUSED.get(stage, {})
-
-
-def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
+def _build_stage(name: str, values: Any, file: str, given: Collection[str]) -> dict[str, Any]:
+    """`given`: the keys that the command line sets."""
     fields = stage_fields(name)
     for key in values if isinstance(values, dict) else ():
         if key in OWNER_OF and key in fields:
@@ -637,7 +561,11 @@ def _build_stage(name: str, values: Any, file: str) -> dict[str, Any]:
         if key in refused_keys(name):
             raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {refused_keys(name)[key]}; leave it out")
     _check_keys(name, values, fields, file)
-    return {key: _coerce(value, fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
+    typed = {key: _coerce(value, fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
+    problem = without_effect(name, typed, given)
+    if problem is not None:
+        raise RecipeError(f"{file}: {problem}")
+    return typed
 
 
 def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: str) -> None:
@@ -645,7 +573,21 @@ def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: st
         raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {shortened(values)}")
     for key in values:
         if key not in known:
-            raise RecipeError(f"{file}: unknown key `{section}.{_key_name(key)}`{nearest(_key_name(key), known)}")
+            raise RecipeError(f"{file}: unknown key `{section}.{_key_name(key)}`{instead_of(_key_name(key), known, section)}")
+
+
+def instead_of(name: str, known: typing.Iterable[str], section: str | None = None, stage: str | None = None) -> str:
+    """The end of a message on an unknown key: what people mean by this name, or the nearest of those there are."""
+    advice = meant(name, section, keys_of_sections(), stage)
+    return f"; {advice}" if advice else nearest(name, known)
+
+
+@functools.cache
+def keys_of_sections() -> dict[str, tuple[str, ...]]:
+    """The keys that each section of a recipe takes."""
+    shared = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in SECTIONS.items()}
+    stages = {name: tuple(k for k in stage_fields(name) if k not in OWNER_OF | refused_keys(name)) for name in STAGES}
+    return shared | stages
 
 
 def _key_name(key: Any) -> str:
@@ -674,6 +616,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise RecipeError(f"{file}: a recipe is a mapping of sections, got {type(content).__name__}")
     folder = Path(_coerce(content.pop("folder", str(file.parent)), str, f"{file}: `folder`")).resolve()
 
+    _replace_reward(content, overrides or {})
     origin = {}  # (section, key) -> where it was said, so that an error blames the override and not the file
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
@@ -688,7 +631,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for section in content:
         if section not in _section_names():
             blame = next((o for (s, _), o in origin.items() if s == section), str(file))
-            raise RecipeError(f"{blame}: unknown section `{_key_name(section)}`{nearest(_key_name(section), _section_names())}")
+            near = nearest(_key_name(section), _section_names())
+            first = next(iter(content[section] or ()), None) if isinstance(content[section], dict) else _key_name(section)
+            advice = "" if near else instead_of(_key_name(first), (), stage=None)
+            raise RecipeError(f"{blame}: unknown section `{_key_name(section)}`{near or advice}")
 
     def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
         values = {} if content.get(section) is None else content[section]
@@ -708,8 +654,29 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     except RecipeError as error:
         blame = next((o for (s, _), o in origin.items() if s == "reward"), str(file))
         raise RecipeError(f"{blame}: {error}") from None
-    stages = {name: build(name, _build_stage) for name in STAGES}
+    given = {name: {key for section, key in origin if section == name} for name in STAGES}
+    stages = {name: build(name, functools.partial(_build_stage, given=given[name])) for name in STAGES}
     return Recipe(folder=folder, stages=stages, **sections)
+
+
+def _replace_reward(content: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """An override that names another kind of reward than the file's takes its place, with all that the file says of the old.
+
+    What only a reward adapter can (`reward_baseline`) goes with it.
+    """
+    kinds = ("adapter", "model", "function", "terms")
+    named = {kind for kind in kinds if overrides.get(f"reward.{kind}")}
+    reward = content.get("reward")
+    if not isinstance(reward, dict) or named <= {kind for kind in kinds if reward.get(kind)}:  # also where none is named
+        return
+    for key in ("terms", *(f.name for f in dataclasses.fields(RewardTerm))):
+        reward.pop(key, None)
+    terms = overrides.get("reward.terms")
+    parts = terms if isinstance(terms, list) else []
+    if "adapter" not in named and not any(isinstance(term, dict) and term.get("adapter") for term in parts):
+        for stage in ("ppo", "a2c"):
+            if isinstance(content.get(stage), dict) and content[stage].get("reward_baseline"):
+                content[stage]["reward_baseline"] = False
 
 
 def _section_names() -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from rlhf_recipes import interrupts
 from rlhf_recipes.checkpoints import RESUME, STATE, prune, write_checkpoint
 from rlhf_recipes.engines import is_sharded, whole_weights
-from rlhf_recipes.recipe import StoppedError
+from rlhf_recipes.recipe import RecipeError, StoppedError
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.training_state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -226,11 +228,38 @@ class Resumable(Trainer):
 
 
 class SFTTrainer(Resumable, trl.SFTTrainer):
-    """TRL's, resumable."""
+    """TRL's, resumable. TRL writes `router_aux_loss_coef` into the config, which a mixture of experts has read by then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.model.modules():
+            if "router_aux_loss_coef" in vars(module):
+                module.router_aux_loss_coef = self.args.router_aux_loss_coef
 
 
 class RewardTrainer(Resumable, trl.RewardTrainer):
-    """TRL's, resumable."""
+    """TRL's, resumable. It switches off the backbone's dropout, and not an adapter's, `lora.dropout`."""
+
+    _signature_columns: list[str]
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        adapters = {m: m.p for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)}
+        super().__init__(model=model, **kwargs)
+        for dropout, p in adapters.items():
+            dropout.p = p
+
+    def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: Any, name: str) -> Dataset:
+        kept = super()._prepare_dataset(dataset, tokenizer, args, name)
+        where = f"`reward_training.max_length` {args.max_length}"
+        if len(kept) == 0:
+            raise RecipeError(f"{where}: all {len(dataset)} pairs are longer; raise it")
+        if len(kept) < len(dataset) and PartialState().is_main_process:
+            print(f"{len(dataset) - len(kept)} of {len(dataset)} pairs are longer than {where}, left out")
+        return kept
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "length"})  # `train_sampling_strategy` group_by_length
 
 
 def _inner(wrapped: Any, attribute: str) -> Any:

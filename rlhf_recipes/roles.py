@@ -407,7 +407,7 @@ def build_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
 def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
     """What a supervised stage trains: the backbone ("CAUSAL_LM") or a classifier over it ("SEQ_CLS") with a new adapter."""
     backbone = load_backbone(recipe)
-    model = build_classifier(backbone) if task_type == "SEQ_CLS" else backbone
+    model = keep_in_evaluation(build_classifier(backbone)) if task_type == "SEQ_CLS" else backbone
     return with_new_adapter(model, recipe, task_type, training=True)
 
 

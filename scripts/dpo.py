@@ -18,10 +18,10 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes import preferences
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import DPOConfig, refused_by_trl, stage_config
+    from rlhf_recipes.configs import DPOConfig, refuse_unread, refused_by_trl, stage_config
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
     from rlhf_recipes.doctor import examine, read_back_policy
-    from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
+    from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, fitting_pairs
     from rlhf_recipes.evaluation import judge_policy, prepare_rewards
     from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs import Run
@@ -43,8 +43,11 @@ def main(recipe: Recipe) -> dict:
         pairs = preferences.load_pairs(Path(recipe.path(given)) / preferences.FILE, vocabulary)
 
     args = stage_config(DPOConfig, recipe, "dpo", **dpo_fields(recipe))
+    pairs = None if pairs is None else fitting_pairs(pairs, args)
     with refused_by_trl("dpo"):
-        DPOTrainer(args, roles, preferences.sample_of(pairs, tokenizer)).try_optimizer()  # before anything is written
+        trial = DPOTrainer(args, roles, preferences.sample_of(pairs, tokenizer))  # before anything is written
+        trial.try_optimizer()
+    refuse_unread(trial, recipe, "dpo")
 
     run = Run.prepare(recipe, "dpo")
     run.start()
@@ -58,7 +61,7 @@ def main(recipe: Recipe) -> dict:
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
             pairs = preferences.load_pairs(run.folder / name, vocabulary)
         run.memory["round"] = number
-        trainer = DPOTrainer(args, roles, pairs)
+        trainer = DPOTrainer(args, roles, pairs, fresh=number == 0 and run.checkpoint is None)
         watch(trainer, run)
         trainer.train()
         pairs = None

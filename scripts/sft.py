@@ -17,7 +17,7 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, sft_fields, stage_config
     from rlhf_recipes.data import (
         complete_tokenizer,
         load_tokenizer,
@@ -46,13 +46,14 @@ def main(recipe: Recipe) -> dict:
         tokenizer = load_tokenizer(recipe)
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
     model = build()
-    args = stage_config(SFTConfig, recipe, "sft", **sft_fields(train, model))
+    args = stage_config(SFTConfig, recipe, "sft", **sft_fields(train, model, recipe))
     train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
     with refused_by_trl("sft"):
         trainer = SFTTrainer(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
+    refuse_unread(trainer, recipe, "sft")
     examine_sft(trainer, tokenizer, recipe)
 
     run = Run.prepare(recipe, "sft")

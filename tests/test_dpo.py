@@ -10,11 +10,11 @@ import trl
 
 from rlhf_recipes.configs import DPOConfig, stage_config
 from rlhf_recipes.data import tokenize_prompts
-from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
+from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, first_loss
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.preferences import load_pairs
-from rlhf_recipes.preflight import DPO_LOSSES, F_DIVERGENCES
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.preflight import DPO_LOSSES, F_DIVERGENCES, SMOOTHED
+from rlhf_recipes.recipe import StoppedError, load_recipe
 from rlhf_recipes.roles import Reference
 from rlhf_recipes.sampling import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
@@ -116,6 +116,147 @@ def test_the_loss_at_the_start_is_log_2_and_the_margin_the_papers(pairs, tiny, r
             if "lora_B" in name:
                 p.zero_()
         assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def uneven(pairs):
+    """Prompts of several lengths, and rejected completions that are shorter than the chosen ones."""
+    return load_pairs(pairs / "pairs.jsonl", 300).map(lambda row: {"rejected_ids": row["rejected_ids"][:3]})
+
+
+def make_fresh(roles):
+    """The fixture's policy, which has moved, becomes the reference again."""
+    with torch.no_grad():
+        for name, p in roles.policy.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+
+
+def first_loss_of(roles, tiny, tmp_path, dataset, fresh=False, **overrides):
+    """The loss of the first eight pairs, and the trainer."""
+    recipe = load_recipe(tiny, {f"dpo.{key}": value for key, value in overrides.items()})
+    args = stage_config(DPOConfig, recipe, "dpo", tmp_path, **dpo_fields(recipe))
+    trainer = DPOTrainer(args, roles, dataset, fresh=fresh)
+    batch = trainer.data_collator(trainer.train_dataset.select(range(8)).to_list())
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, batch).item(), trainer
+
+
+SEEN_ALIKE = [
+    {},
+    {"max_length": 6},
+    {"max_length": 5, "truncation_mode": "keep_end"},
+    {"max_length": 2, "truncation_mode": "keep_end"},  # no prompt is left: nothing predicts the first token
+    {"ld_alpha": 0.5},
+    {"ld_alpha": 0.0, "max_length": 7},
+    {"pad_to_multiple_of": 16},
+    {"loss_weights": [0.5]},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]},
+    {"precompute_ref_batch_size": 3},
+    {"train_sampling_strategy": "group_by_length"},
+]
+
+
+@pytest.mark.parametrize("overrides", SEEN_ALIKE, ids=str)
+def test_policy_and_reference_see_the_same_tokens_and_weights(overrides, pairs, tiny, roles, tmp_path):
+    dataset, known, trls = uneven(pairs), {}, {"precompute_ref_log_probs": False, "precompute_ref_batch_size": None}
+    for way in ({}, trls):  # of a policy that has moved: TRL's own way to the reference, and the one that is precomputed
+        loss, trainer = first_loss_of(roles, tiny, tmp_path, dataset, **overrides | way)
+        known[len(way)] = [loss, *(trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected"))]
+    assert known[0] == pytest.approx(known[2], abs=1e-5)
+    assert abs(known[0][1]) > 1e-3
+    make_fresh(roles)
+    loss, trainer = first_loss_of(roles, tiny, tmp_path, dataset, fresh=True, **overrides)
+    assert loss == pytest.approx(overrides.get("loss_weights", [1.0])[0] * math.log(2), abs=1e-5)
+    for side in ("chosen", "rejected"):
+        assert trainer._metrics["train"][f"rewards/{side}"][-1] == pytest.approx(0, abs=1e-5)
+
+
+def test_pairs_whose_prompt_fills_max_length(pairs, tiny, tmp_path, capsys):
+    """As in TRL they are left out, and here also counted; where none is left it is one line."""
+    words = [f"--preferences.path={pairs}", "--dpo.max_steps=1", "--run.name=cut"]
+    run("dpo", tiny, tmp_path, *words, "--dpo.max_length=3")
+    assert re.search(r"\d+ of \d+ pairs have prompts that fill dpo.max_length=3, left out", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        run("dpo", tiny, tmp_path / "none", *words, "--dpo.max_length=1")
+    assert stop.value.code == 2
+    assert "`dpo.max_length` 1: no completion is left" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("loss_type", [name for name in DPO_LOSSES if name != "sft"])
+def test_the_first_loss_of_every_kind(loss_type, pairs, tiny, roles, tmp_path):
+    """The table against TRL; sft's is the policy's own cross-entropy."""
+    make_fresh(roles)
+    smoothing = 0.1 if loss_type in SMOOTHED else 0.0
+    loss, _ = first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, loss_type=[loss_type], label_smoothing=smoothing)
+    assert loss == pytest.approx(first_loss(loss_type, 0.05, smoothing), rel=1e-4, abs=1e-4)
+
+
+def test_a_policy_that_does_not_start_as_the_reference_is_stopped(pairs, tiny, roles, tmp_path, capsys, monkeypatch):
+    """The fixture's has moved; in a script, the reference's log-probabilities are those of other weights."""
+    with pytest.raises(
+        StoppedError, match=r"the log-ratios of chosen and rejected are 0 and the loss 0\.693147, and the first"
+    ):
+        first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True)
+    with pytest.raises(StoppedError, match="0, and the first batch has"):  # where the loss has no known start
+        first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, use_weighting=True)
+    right = DPOTrainer.reference_logps
+    monkeypatch.setattr(DPOTrainer, "reference_logps", lambda self, *args: right(self, *args) + 0.1)
+    with pytest.raises(SystemExit) as stop:
+        run("dpo", tiny, tmp_path, f"--preferences.path={pairs}", "--dpo.max_steps=2")
+    assert stop.value.code == StoppedError.exit_code
+    assert "has -0.1 and -0.1 nats and the loss 0.693147" in capsys.readouterr().err
+    assert not (tmp_path / "outputs/tiny/dpo/it/metrics.jsonl").exists()  # before it trains
+
+
+@pytest.mark.parametrize("expected", [0.0, 0.3])
+def test_label_smoothing_of_the_sigmoid_loss(expected, pairs, tiny, roles, tmp_path):
+    """cDPO: -(1 - e) log sigmoid(z) - e log sigmoid(-z). With expected labels a pair has its own p besides, and the label is
+    wrong with p (1 - e) + (1 - p) e."""
+    dataset = uneven(pairs).map(lambda row: {"label_smoothing": expected})
+    plain = uneven(pairs)
+    lose = torch.nn.functional.logsigmoid
+    for e in (0.0, 0.2):
+        loss, _ = first_loss_of(roles, tiny, tmp_path, dataset, label_smoothing=e)
+        _, margins = first_loss_of(roles, tiny, tmp_path, plain, loss_type=["hinge"])
+        batch = margins.data_collator(margins.train_dataset.select(range(8)).to_list())
+        z = []
+        for i in range(8):  # one pair at a time: the margin is a mean over the batch
+            rows = {k: v[[i, i + 8]] if len(v) == 16 else v[[i]] for k, v in batch.items()}
+            with torch.no_grad():
+                margins.compute_loss(margins.model, rows)
+            z.append(margins._metrics["train"]["rewards/margins"][-1])
+        z, p = torch.tensor(z), expected * (1 - e) + (1 - expected) * e
+        assert loss == pytest.approx((-(1 - p) * lose(z) - p * lose(-z)).mean().item(), abs=1e-5)
+    both, _ = first_loss_of(roles, tiny, tmp_path, plain, loss_type=["sigmoid", "sft"], label_smoothing=0.2)
+    alone = [
+        first_loss_of(roles, tiny, tmp_path, plain, loss_type=[name], label_smoothing=e)[0]
+        for name, e in (("sigmoid", 0.2), ("sft", 0.0))
+    ]
+    assert both == pytest.approx(sum(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "smoothing", "message"),
+    [
+        ("[hinge]", 0.1, "`dpo.label_smoothing` has no effect on hinge: only aot, aot_unpaired, exo_pair, robust, sigmoid"),
+        ("[sigmoid]", 0.5, "says nothing; below 0.5"),
+        ("[sigmoid, robust]", 0.1, "is another thing to sigmoid"),
+        ("[sigmoid]", -0.1, "expected a number between 0 and 1"),
+    ],
+)
+def test_label_smoothing_that_no_loss_reads(losses, smoothing, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("dpo", tiny, tmp_path, f"--dpo.loss_type={losses}", f"--dpo.label_smoothing={smoothing}", "--dry-run")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_losses_that_trl_smooths():
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    branches = re.split(r'(?:el)?if loss_type == "(\w+)"', source)
+    reading = {name for name, branch in zip(branches[1::2], branches[2::2], strict=True) if "label_smoothing" in branch}
+    assert reading | {"sigmoid"} == SMOOTHED
 
 
 VARIANTS = [{"loss_type": [name]} for name in DPO_LOSSES]

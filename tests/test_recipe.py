@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_recipes import recipe as recipe_module
+from rlhf_recipes import keys
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, RecipeError, load_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
@@ -244,6 +244,6 @@ def test_help_and_dry_run_import_nothing_heavy(words):
 
 
 def test_owned_keys_point_to_keys_that_exist():
-    for owner in recipe_module.OWNER_OF.values():
+    for owner in keys.OWNER_OF.values():
         section, _, key = owner.partition(".")
         assert not key or key in {f.name for f in dataclasses.fields(SECTIONS[section])}

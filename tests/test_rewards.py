@@ -246,7 +246,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
     ("overrides", "message"),
     [
         ({"reward.adapter": None}, "`reward` needs one of adapter, model and function, and names none"),
-        ({"reward.function": True}, "names adapter and function"),
+        ({"reward.adapter": "x", "reward.function": True}, "names adapter and function"),
         ({"reward.terms": []}, "then `reward.adapter` belongs into one of them"),
         ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": []}, "`reward.terms` is empty"),
         ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"adaptr": "x"}]}, "did you mean `adapter`"),

@@ -17,6 +17,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 
+from rlhf_recipes import keys
 from rlhf_recipes import recipe as recipe_module
 from rlhf_recipes.command_line import help_text
 from rlhf_recipes.recipe import RecipeError, load_recipe
@@ -517,7 +518,7 @@ def test_secrets_in_a_cycle_of_aliases(tmp_path):
 
 def test_what_looks_like_a_secret_among_trls_fields_is_one():
     for stage in CONFIG_SOURCES:
-        assert set(filter(recipe_module._SECRET.search, stage_fields(stage))) == {"hub_token"}  # and not eos_token, stop_token
+        assert set(filter(keys.SECRET.search, stage_fields(stage))) == {"hub_token"}  # and not eos_token, stop_token
     assert "hub_token" not in help_text("sft", "") + help_text("ppo", "")
 
 
