@@ -198,6 +198,7 @@ class RunSection:
     project: str = _key("the wandb project", "rlhf-recipes")
     group: str | None = _key("the wandb group; default: the task", None)
     name: str | None = _key("the run folder's name; default: time and seed", None)
+    trial: bool = _key("one of a sweep's runs: `latest` does not point to it, and it is judged or merged only by name", False)
     resume: str | None = _key("a run's folder to go on with, or `latest`; --resume says the same", None)
     max_skipped_steps: Positive = _key(
         "optimizer steps in a row whose gradient is not finite, and which are left out, after which a run stops", 10

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, step_of
 from rlhf_recipes.diagnosis import Finding
+from rlhf_recipes.fingerprint import fingerprint
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.resume import RESOLVED, RUN, SUMMARY, read_run, task_hash
 from rlhf_recipes.runtime import stop_together
@@ -94,14 +95,18 @@ class Run:
             raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`, nothing is overwritten")
         temporary.mkdir(parents=True)
         (temporary / RESOLVED).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe)}
+        trial = self.recipe.run.trial or "WANDB_SWEEP_ID" in os.environ  # wandb's agent sets it for each run
+        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe), "trial": trial}
+        if self.stage != "report":
+            about["fingerprint"] = fingerprint(self.recipe, self.stage)
         (temporary / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         try:
             temporary.rename(self.folder)
         except OSError as error:  # another process was faster
             shutil.rmtree(temporary)
             raise RecipeError(f"{self.folder}: this run exists; choose another `--run.name`") from error
-        _point_latest(self.folder)
+        if not trial:
+            _point_latest(self.folder)
 
     def _take_folder(self) -> None:
         """Locks it, and cuts it back to the checkpoint that the run goes on from."""
@@ -178,6 +183,10 @@ class Run:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.main:
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def record(self, about: dict[str, Any]) -> None:
+        """Adds to what run.json says."""
+        self.write_json(RUN, read_run(self.folder) | about)
 
     def write_batch(self, name: str, batch: dict[str, Any]) -> Path:
         """The tensors of a batch, by every process that calls it."""
