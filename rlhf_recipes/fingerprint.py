@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_recipes.pairs import FILE, pairs_file
 from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm, load_recipe
 
 RESOLVED = "recipe.resolved.yaml"
@@ -87,12 +88,10 @@ def _pairs(recipe: Recipe) -> dict[str, Any] | None:
             return None
         content = source_hash(recipe.folder / "task.py", "load_preferences")
         return {"terms": [{"kind": PAIRS, "path": "load_preferences", "content": content}]}
-    file = Path(recipe.path(given))
-    if file.is_dir():
-        recorded = parts_of(recorded_fingerprint(file)).get("reward")
-        if recorded:
-            return recorded
-        file = file / "pairs.jsonl"
+    file = pairs_file(recipe)
+    recorded = parts_of(recorded_fingerprint(file.parent)).get("reward") if file.name == FILE else None
+    if recorded:
+        return recorded
     return {"terms": [{"kind": PAIRS, "path": given, "content": _file_hash(file)}]}
 
 

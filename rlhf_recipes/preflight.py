@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from rlhf_recipes.pairs import pairs_file
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest, section_of
 
 _CHUNK_TOKENS = 512
@@ -300,7 +301,7 @@ def _check_dpo(recipe: Recipe) -> None:
     if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
-        _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
+        pairs_file(recipe)
 
 
 def _check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:

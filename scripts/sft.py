@@ -17,13 +17,15 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.configs import SFTConfig, full_rows, refused_by_trl, sft_fields, stage_config
     from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.resumable import SFTTrainer
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
     from rlhf_recipes.runs import Run
+    from rlhf_recipes.runtime import say_left_out
+    from rlhf_recipes.tables import print_rows
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task = load_task(recipe)
@@ -47,6 +49,11 @@ def main(recipe: Recipe) -> dict:
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
+    if args.max_length is not None:
+        full, rows = full_rows(trainer.train_dataset, args)
+        say_left_out(
+            full, rows, "rows of load_demonstrations", f"fill sft.max_length={args.max_length} tokens, at which rows are cut"
+        )
 
     run = Run.prepare(recipe, "sft")
     run.start()
@@ -56,8 +63,12 @@ def main(recipe: Recipe) -> dict:
     loss = trainer.evaluate()["eval_loss"]
     model = whole_model(trainer, build)
     model = model if from_scratch else model.merge_and_unload()
-    run.write_lines("samples.jsonl", sample_texts(model.eval(), tokenizer, task, recipe))
+    samples = sample_texts(model.eval(), tokenizer, task, recipe)
+    run.write_lines("samples.jsonl", samples)
     run.save_backbone(model, tokenizer)
+    if run.main:
+        title = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}; what it writes:"
+        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title)
     return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
 
 

@@ -91,10 +91,10 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "not json", '{"prompt": "x"}', "[1]"])
-def test_broken_pairs_are_named(content, tmp_path):
+def test_broken_pairs_are_named(content, tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(RecipeError, match=r"pairs\.jsonl"):
-        load_pairs(tmp_path / "pairs.jsonl", 300)
+        load_pairs(tmp_path / "pairs.jsonl", 300, load_tokenizer(load_recipe(tiny)), load_recipe(tiny))
 
 
 def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):
