@@ -41,17 +41,11 @@ def sft_fields(train: Dataset) -> dict[str, Any]:
     return {"completion_only_loss": True} if "completion" in train.column_names else {}
 
 
-def full_rows(train: Dataset, args: trl.SFTConfig) -> tuple[int, int]:
-    """How many rows of an SFTTrainer's dataset fill `max_length`, at which it has cut them, and how many there are.
-
-    Rows that are packed end to end, or split, lose nothing.
-    """
-    if args.packing and args.packing_strategy != "bfd":
-        return 0, len(train)
+def row_lengths(train: Dataset) -> list[int]:
+    """Tokens of each row that an SFTTrainer has made; of packed rows, of each of the texts in them."""
     packed = "seq_lengths" in train.column_names
     column = train.with_format("numpy")["seq_lengths" if packed else "input_ids"]
-    lengths = [length for row in column for length in (row if packed else [len(row)])]
-    return sum(length >= args.max_length for length in lengths), len(lengths)
+    return [int(length) for row in column for length in (row if packed else [len(row)])]
 
 
 def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path = Path(), **shared: Any) -> Any:

@@ -29,7 +29,7 @@ def pairs_file(recipe: Recipe) -> Path:
         return file / FILE
     if not file.is_file():
         raise RecipeError(
-            f"`preferences.path` {given}: no such folder, or file of pairs, neither beside the recipe ({recipe.folder}) nor here"
+            f"`preferences.path` {given}: no such folder or file of pairs, neither beside the recipe ({recipe.folder}) nor here"
         )
     return file
 
@@ -51,10 +51,10 @@ def read_pairs(
     """
     rows: list[dict[str, Any]] = []
     tokens = None
-    number = 0
+    at = 0
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
+            for at, line in enumerate(lines, start=1):  # noqa: B007 - the message names it
                 if not line.strip():
                     continue
                 row = _object(line)
@@ -67,10 +67,10 @@ def read_pairs(
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = "not pairs of scripts/preferences.py" if tokens else "not a pair"
-        raise RecipeError(f"{file}, line {number}: {what}: {_words(error)}") from error
+        raise RecipeError(f"{file}, line {at}: {what}: {_words(error)}") from error
     if not rows:
         raise RecipeError(
-            f"{file}: no pairs; a line is a JSON object with prompt, chosen and rejected, or make them with scripts/preferences.py"
+            f"{file}: no pairs; a line is a JSON object with prompt, chosen and rejected, or what scripts/preferences.py writes"
         )
     return rows, bool(tokens)
 

@@ -222,8 +222,8 @@ class PreferencesSection:
     prompts: Positive | None = _key("training prompts to use, the first of them; default all", None)
     batch_size: Positive = _key("completions sampled at a time", 64)
     path: str | None = _key(
-        "pairs to train on: a folder that scripts/preferences.py made, or a .jsonl file of `prompt`, `chosen` and `rejected`, text or "
-        "chat messages; without one scripts/dpo.py makes its pairs first",
+        "pairs to train on: a folder that scripts/preferences.py made, or a .jsonl file of `prompt`, `chosen` and `rejected`, "
+        "text or chat messages; without one scripts/dpo.py makes its pairs first",
         None,
     )
 

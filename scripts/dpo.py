@@ -2,10 +2,9 @@
 
     accelerate launch scripts/dpo.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
-Trains on `preferences.path` (a folder of scripts/preferences.py, or a .jsonl file of prompt, chosen and rejected), on the task's
-own pairs (`preferences.source: task`), or on pairs that it samples first; with
-`dpo.rounds` above 1 it samples anew from the policy before each further round. Leaves adapter, metrics, samples and summary
-in outputs/<task>/dpo/<run>/.
+Trains on `preferences.path` (a folder of scripts/preferences.py, or a .jsonl file of prompt, chosen and rejected), on the
+task's own pairs (`preferences.source: task`), or on pairs that it samples first; with `dpo.rounds` above 1 it samples anew
+from the policy before each further round. Leaves adapter, metrics, samples and summary in outputs/<task>/dpo/<run>/.
 """
 
 from rlhf_recipes.command_line import command
@@ -22,6 +21,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.doctor import examine
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields
     from rlhf_recipes.evaluation import judge_policy, prepare_rewards
+    from rlhf_recipes.look import made_for_others
     from rlhf_recipes.pairs import pairs_file
     from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs import Run
@@ -48,6 +48,8 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "dpo")
     run.start()
+    for line in made_for_others(recipe, pairs_file(recipe)) if given is not None else ():
+        run.say(line)
     prepare_rewards(roles, task, run)
     first = run.memory.get("round", 0)  # above 0 in a run that goes on
     pairs = None if first else pairs

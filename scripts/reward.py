@@ -23,11 +23,12 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.data import load_tokenizer, tokenize_pairs
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
+    from rlhf_recipes.preflight import memory_warning
     from rlhf_recipes.resumable import RewardTrainer
     from rlhf_recipes.rewards import AdapterReward
     from rlhf_recipes.roles import load_with_new_adapter
     from rlhf_recipes.runs import Run
-    from rlhf_recipes.runtime import say_left_out
+    from rlhf_recipes.runtime import say_left_out, warn
     from rlhf_recipes.tables import print_rows
     from rlhf_recipes.tasks import load_dataset, load_task
 
@@ -45,6 +46,7 @@ def main(recipe: Recipe) -> dict:
     with refused_by_trl("reward_training"):
         trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.try_optimizer()
+    warn(memory_warning(recipe, "reward", max(train["length"])))
     if args.max_length is not None:
         long = sum(length > args.max_length for length in train["length"])
         how = f"are longer than reward_training.max_length={args.max_length} tokens, left out"

@@ -17,14 +17,15 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, full_rows, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.configs import SFTConfig, refused_by_trl, row_lengths, sft_fields, stage_config
     from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
+    from rlhf_recipes.preflight import memory_warning
     from rlhf_recipes.resumable import SFTTrainer
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
     from rlhf_recipes.runs import Run
-    from rlhf_recipes.runtime import say_left_out
+    from rlhf_recipes.runtime import say_left_out, warn
     from rlhf_recipes.tables import print_rows
     from rlhf_recipes.tasks import load_dataset, load_task
 
@@ -49,10 +50,12 @@ def main(recipe: Recipe) -> dict:
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
-    if args.max_length is not None:
-        full, rows = full_rows(trainer.train_dataset, args)
+    lengths, most = row_lengths(trainer.train_dataset), args.max_length
+    warn([] if args.packing else memory_warning(recipe, "sft", max(lengths)))
+    if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
+        full = sum(length >= most for length in lengths)
         say_left_out(
-            full, rows, "rows of load_demonstrations", f"fill sft.max_length={args.max_length} tokens, at which rows are cut"
+            full, len(lengths), "rows of load_demonstrations", f"fill sft.max_length={most} tokens, where rows are cut"
         )
 
     run = Run.prepare(recipe, "sft")
