@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_recipes import look
 from rlhf_recipes import recipe as recipe_module
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, RecipeError, load_recipe
@@ -30,6 +31,13 @@ def test_every_recipe_resolves_and_round_trips(folder, tmp_path):
     assert load_recipe(dumped) == recipe
 
 
+@pytest.fixture
+def unseen(monkeypatch):
+    """Dry runs that do not look at the task's data, which takes seconds each: tests/test_look.py does."""
+    monkeypatch.setattr(look, "look", lambda recipe, stage: look.Seen())
+
+
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda p: p.name)
 @pytest.mark.parametrize("stage", sorted(p.stem for p in ROOT.glob("scripts/*.py") if p.stem not in ("benchmark", "sweep")))
 def test_every_recipe_dry_runs_every_stage(folder, stage, monkeypatch, capsys):
@@ -54,6 +62,7 @@ def commands_in_docs():
                         yield pytest.param(line.split("#")[0].strip(), id=f"{file.name}: {line.strip()[:60]}")
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("line", commands_in_docs())
 def test_every_command_in_the_docs_dry_runs(line, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
@@ -77,6 +86,7 @@ def failures_on_purpose():
             yield pytest.param(keys[2].replace("DROPOUT", str(DEFAULT_RECIPE / "checkpoints" / "backbone")), id=keys[1])
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("keys", failures_on_purpose())
 def test_every_failure_on_purpose_dry_runs(keys, monkeypatch):
     monkeypatch.chdir(ROOT)
