@@ -70,8 +70,8 @@ def main(recipe: Recipe) -> dict:
     run.write_lines("samples.jsonl", samples)
     run.save_backbone(model, tokenizer)
     if run.main:
-        title = f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}; what it writes:"
-        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title)
+        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title="what it writes")
+    run.say(f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}")
     return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
 
 
