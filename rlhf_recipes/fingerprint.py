@@ -158,6 +158,20 @@ def source_hash(file: Path, function: str) -> str | None:
     return _hash([[name, [ast.unparse(s) for s in defined[name]]] for name in sorted(seen)])
 
 
+def names_in(file: Path) -> set[str] | None:
+    """What a module defines or imports by name, from its source alone; None where that does not say it all."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
+    indirect = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"globals", "exec", "setattr", "vars"}
+    if starred or indirect:
+        return None
+    defining = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign
+    return {name for node in ast.walk(tree) if isinstance(node, defining) for name in _defines(node)}
+
+
 def _defines(statement: ast.stmt) -> list[str]:
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]

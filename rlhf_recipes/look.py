@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from rlhf_recipes.fingerprint import differences, fingerprint, recorded_fingerprint
+from rlhf_recipes.fingerprint import differences, fingerprint, names_in, recorded_fingerprint
 from rlhf_recipes.pairs import pairs_file, read_pairs
 from rlhf_recipes.preflight import backbone_vocabulary
-from rlhf_recipes.recipe import Recipe, RecipeError, section_of
+from rlhf_recipes.recipe import Recipe, RecipeError, nearest, section_of
 
 SECONDS = 1.8  # for all of it; recipes/imdb takes 1.6 on a free core
 _NOT_HERE = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")  # of huggingface_hub
@@ -51,6 +51,7 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
     if stage == "report":
         return seen
     calls, at = _calls(recipe, stage), "task.py"
+    _named(recipe, stage, [function for function, _ in calls])
     looked: list[str] = []
     try:
         with _time_limit(seconds):
@@ -58,7 +59,9 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
 
             with _offline():
                 task = load_task(recipe)
-                functions = _rewards(recipe, stage, task)
+                functions = _reward_functions(recipe, stage)
+                watched = stage in ("ppo", "a2c", "dpo", "evaluate") and getattr(task, "gold_reward", None) is not None
+                functions += ["gold_reward"] if watched else []
                 _usable(task, functions, None)
                 if stage == "dpo" and recipe.preferences.path is not None:
                     at = "`preferences.path`"
@@ -159,13 +162,28 @@ def _here(load: Callable[..., Any], task: types.ModuleType, function: str, split
 # --- functions ---------------------------------------------------------------------------------------------------
 
 
-def _rewards(recipe: Recipe, stage: str, task: types.ModuleType) -> list[str]:
+def _reward_functions(recipe: Recipe, stage: str) -> list[str]:
     """The names of task.py's functions that the stage calls on completions."""
     if stage in ("sft", "reward", "merge"):
         return []
-    named = [term.function_name for term in recipe.reward.all_terms() if term.function_name]
-    gold = ["gold_reward"] if stage != "preferences" and getattr(task, "gold_reward", None) is not None else []
-    return [*named, *gold]
+    return [term.function_name for term in recipe.reward.all_terms() if term.function_name]
+
+
+def _named(recipe: Recipe, stage: str, functions: list[str]) -> None:
+    """Looks for what the stage needs in task.py's source, which takes no time.
+
+    Raises:
+        RecipeError: a function is not there.
+    """
+    file = recipe.folder / "task.py"
+    there = names_in(file)
+    if there is None:
+        return
+    for name in dict.fromkeys([*functions, *_reward_functions(recipe, stage)]):
+        if name not in there:
+            raise RecipeError(
+                f"{file}: this stage needs a function `{name}`{nearest(name, there)}; recipes/README.md has its contract"
+            )
 
 
 def _usable(task: types.ModuleType, functions: list[str], columns: list[str] | None) -> None:

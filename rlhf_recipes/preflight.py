@@ -510,7 +510,8 @@ def describe_memory(recipe: Recipe, stage: str, longest: int | None = None) -> s
     if estimate is None:
         return "\n".join([*lines, f"unknown: {recipe.model.path} is not on this machine"])
     lines += [f"  {part:<34}{size / 2**20:>10,.0f} MiB" for part, size in estimate.items()]
-    lines.append(f"  {'sum':<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
+    title = "sum" if _lengths_known(recipe, stage, longest) else "sum, at most"
+    lines.append(f"  {title:<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
     lines.append(f"  {'free memory of this machine':<34}{psutil.virtual_memory().available / 2**20:>10,.0f} MiB")
     if not _lengths_known(recipe, stage, longest):
         tokens = _row_tokens(recipe, stage, None)
