@@ -254,6 +254,12 @@ def differences(
     return found
 
 
+def another_backbone(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> str | None:
+    """Words where an adapter certainly stands on other weights: a Hub id and a folder may hold the same."""
+    contents = [bool(parts_of(each).get("backbone", {}).get("content")) for each in (theirs, ours)]
+    return differences(theirs, ours, ["backbone"]).get("backbone") if contents[0] == contents[1] else None
+
+
 def describe_reward(part: dict[str, Any]) -> str:
     """`0.5 x adapter checkpoints/reward + function brevity, clip 3`"""
     weighted = [("" if t.get("weight", 1) == 1 else f"{t['weight']:g} x ") + f"{t['kind']} {t['path']}" for t in part["terms"]]

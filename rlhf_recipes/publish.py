@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlhf_recipes.fingerprint import (
     OWN,
+    another_backbone,
     describe_reward,
     differences,
     fingerprint,
@@ -60,9 +61,8 @@ def adapter_to_merge(recipe: Recipe) -> Path:
     if not (folder / "adapter_config.json").is_file():
         hint = "it has no adapter_config.json" if folder.is_dir() else "no such folder"
         raise RecipeError(f"`merge.adapter` {given or folder}: {hint}")
-    other = differences(recorded_fingerprint(folder.resolve()), fingerprint(recipe, "merge"), ["backbone"])
-    if other:
-        raise RecipeError(f"`merge.adapter` {given or folder}: an adapter trained on {other['backbone']}")
+    if other := another_backbone(recorded_fingerprint(folder.resolve()), fingerprint(recipe, "merge")):
+        raise RecipeError(f"`merge.adapter` {given or folder}: an adapter trained on {other}")
     return folder.resolve()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.evaluation import Completions, distinct_n
-from rlhf_recipes.fingerprint import differences, fingerprint, of_pairs, recorded_fingerprint
+from rlhf_recipes.fingerprint import another_backbone, differences, fingerprint, of_pairs, recorded_fingerprint
 from rlhf_recipes.objective import (
     best_of_n_kl,
     best_of_n_weights,
@@ -124,9 +124,11 @@ def trained_for_others(policies: list[Judged], recipe: Recipe) -> list[str]:
     ours, lines = fingerprint(recipe, "evaluate"), []
     for policy in policies:
         found = differences(policy.trained_for, ours)
-        if "backbone" in found and policy.folder is not None and (policy.folder / "adapter_config.json").is_file():
-            raise RecipeError(f"`evaluate.policies`: {policy.folder}: an adapter trained on {found['backbone']}")
-        found.pop("backbone", None)  # a model of its own stands on none
+        adapter = policy.folder is not None and (policy.folder / "adapter_config.json").is_file()
+        if adapter and (other := another_backbone(policy.trained_for, ours)):
+            raise RecipeError(f"`evaluate.policies`: {policy.folder}: an adapter trained on {other}")
+        if not adapter:
+            found.pop("backbone", None)  # a model of its own stands on none
         if of_pairs(policy.trained_for):  # no reward of its own to be taken for this one
             found.pop("reward", None)
         if found:

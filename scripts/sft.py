@@ -51,9 +51,9 @@ def main(recipe: Recipe) -> dict:
         )  # fmt: skip
         trainer.try_optimizer()
     lengths, most = row_lengths(trainer.train_dataset), args.max_length
-    warn([] if args.packing else memory_warning(recipe, "sft", max(lengths)))
+    warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
     if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
-        full = sum(length >= most for length in lengths)
+        full = int((lengths >= most).sum())
         say_left_out(
             full, len(lengths), "rows of load_demonstrations", f"fill sft.max_length={most} tokens, where rows are cut"
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_recipes.fingerprint import differences, fingerprint, recorded_fingerprint, source_hash
+from rlhf_recipes.fingerprint import another_backbone, differences, fingerprint, recorded_fingerprint, source_hash
 from rlhf_recipes.recipe import load_recipe
 
 
@@ -107,3 +107,15 @@ def test_an_older_run_is_known_by_its_resolved_recipe(tiny, tmp_path):
     (run / "run.json").write_text("{")
     (run / "recipe.resolved.yaml").write_text("ppo: {gone: 1}")
     assert recorded_fingerprint(run) is None  # nobody knows
+
+
+def test_a_hub_id_and_a_folder_may_be_the_same_backbone(tiny):
+    def on(path, content):
+        return {"parts": of(tiny)["parts"] | {"backbone": {"path": path, "content": content}}}
+
+    assert another_backbone(on("org/a", None), on("a", "1")) is None
+    assert differences(on("org/a", None), on("a", "1")) == {"backbone": "the backbone org/a, and here a"}
+    assert another_backbone(on("b", "1"), on("a", "1")) is None
+    assert another_backbone(on("a", "2"), on("a", "1")) == "the backbone a (2), and here (1)"
+    assert another_backbone(on("org/a", None), on("org/b", None)) == "the backbone org/a, and here org/b"
+    assert another_backbone(None, on("a", "1")) is None
