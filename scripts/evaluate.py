@@ -2,7 +2,8 @@
 
     accelerate launch scripts/evaluate.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
 
-By default the reference, best-of-n and the run of each policy stage that finished last, trials of sweeps aside; any others by name:
+By default the reference, best-of-n and the run of each policy stage that finished last, trials of sweeps aside; any others by
+name:
 
     --evaluate.policies '[best-of-16, mine=outputs/imdb/ppo/latest, outputs/imdb/dpo/latest]'
 
