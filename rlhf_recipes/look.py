@@ -50,11 +50,15 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
     seen = Seen()
     if stage == "report":
         return seen
-    calls, at = _calls(recipe, stage), "task.py"
+    calls, at = _calls(recipe, stage), ""
     _named(recipe, stage, [function for function, _ in calls])
     looked: list[str] = []
     try:
         with _time_limit(seconds):
+            if stage == "dpo" and recipe.preferences.path is not None:
+                at = "`preferences.path`"
+                looked.append(_pairs(recipe, seen))
+            at = "task.py"
             from rlhf_recipes.tasks import load_dataset, load_task
 
             with _offline():
@@ -63,9 +67,6 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
                 watched = stage in ("ppo", "a2c", "dpo", "evaluate") and getattr(task, "gold_reward", None) is not None
                 functions += ["gold_reward"] if watched else []
                 _usable(task, functions, None)
-                if stage == "dpo" and recipe.preferences.path is not None:
-                    at = "`preferences.path`"
-                    looked.append(_pairs(recipe, seen))
                 for function, split in calls:
                     at = f"{function}({split!r})"
                     dataset = _here(load_dataset, task, function, split)

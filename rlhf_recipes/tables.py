@@ -49,7 +49,7 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
             own = f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}"
             cells.append(fraction_bound(m["mean"]) if bound and key == "fraction_of_optimum" else own)
         table.add_row(escape(name + (f"\n{runs[name]}" if runs.get(name, name) != name else "")), *cells)
-    _wide_console().print(table)
+    _wide_console(20 * len(metrics)).print(table)
     for name, measured in evaluation.get("exact", {}).items():
         print(f"{name} by enumeration: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     optimum = evaluation["optimum"]
@@ -79,9 +79,9 @@ def print_rows(head: list[str], rows: list[list[str]], title: str) -> None:
     _wide_console().print(table)
 
 
-def _wide_console() -> Console:
+def _wide_console(width: int = 200) -> Console:
     """A log file has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else max(200, width))
 
 
 def _plain(text: str) -> str:
