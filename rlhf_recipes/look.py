@@ -62,7 +62,7 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
             from rlhf_recipes.tasks import load_dataset, load_task
 
             with _offline():
-                task = load_task(recipe)
+                task = _here(load_task, recipe)
                 functions = _reward_functions(recipe, stage)
                 watched = stage in ("ppo", "a2c", "dpo", "evaluate") and getattr(task, "gold_reward", None) is not None
                 functions += ["gold_reward"] if watched else []
@@ -120,7 +120,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _TimeUpError
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # and again, where a destructor swallowed it
     try:
         yield
     finally:
@@ -141,13 +141,13 @@ def _offline() -> Iterator[None]:
         yield
 
 
-def _here(load: Callable[..., Any], task: types.ModuleType, function: str, split: str) -> Any:
+def _here(load: Callable[..., Any], *args: Any) -> Any:
     """
     Raises:
         _ElsewhereError: it would have to be fetched.
     """
     try:
-        return load(task, function, split)
+        return load(*args)
     except RecipeError as error:
         cause: BaseException | None = error
         while cause is not None:

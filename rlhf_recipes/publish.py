@@ -23,7 +23,7 @@ from rlhf_recipes.fingerprint import (
     parts_of,
     recorded_fingerprint,
 )
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
 from rlhf_recipes.resume import RESOLVED, SUMMARY, newest_run, trials_of
 from rlhf_recipes.roles import load_adapter_policy
 from rlhf_recipes.runs import Run
@@ -127,8 +127,12 @@ def own_evaluation(recipe: Recipe, adapter: Path, policy: dict[str, Any] | None)
     files = (Path(recipe.run.output) / recipe.task / "evaluate").glob("*/evaluation.json")
     passed: list[str] = []
     for file in sorted({file.resolve() for file in files}, key=lambda file: file.stat().st_mtime, reverse=True):
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name, folder in evaluation["folders"].items() if Path(folder).resolve() == adapter]
+        try:
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            names = [name for name, folder in evaluation["folders"].items() if Path(folder).resolve() == adapter]
+        except (ValueError, LookupError, AttributeError, TypeError):
+            passed.append(f"not on the card: {file}, as it is not what scripts/evaluate.py writes")
+            continue
         if not names:
             continue
         judged_by = evaluation.get("judged_by") or recorded_fingerprint(file.parent)
@@ -200,8 +204,8 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str,
     policy = recorded_fingerprint(adapter)
     evaluation, passed = own_evaluation(recipe, adapter, policy)
     table = evaluation_table(evaluation, summary) or ["This policy has not been evaluated: `scripts/evaluate.py` does it."]
-    judged_by = parts_of(evaluation["judged_by"]) if evaluation else {}
-    if "reward" in judged_by and (policy is None or of_pairs(policy)):
+    judged_by = parts_of(evaluation["judged_by"] if evaluation else _end_of_run(resolved))
+    if "reward" in judged_by and (policy is None or of_pairs(policy)) and (evaluation or "policy" in summary):
         reward = markdown_text(describe_reward(judged_by["reward"]))
         table += ["", f"Judged by the reward {reward}, J at beta {judged_by['beta']:g}."]
     return "\n".join([
@@ -215,6 +219,14 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str,
         f"of those of backbone and adapter (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g} nats.", "",
         "## Recipe", "", fenced(source.strip(), "yaml"), "",
     ]), passed  # fmt: skip
+
+
+def _end_of_run(resolved: Path) -> dict[str, Any] | None:
+    """What a run judges its policy by at its end, which on given pairs is not what it maximised; None where nobody knows."""
+    try:
+        return fingerprint(load_recipe(resolved), "evaluate")
+    except RecipeError:
+        return None
 
 
 def commit() -> str:

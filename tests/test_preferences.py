@@ -140,6 +140,17 @@ def test_two_hundred_own_pairs_just_train(tiny, tmp_path, capsys):
     about = json.loads((tmp_path / "outputs/tiny/dpo/it/run.json").read_text())
     [term] = about["fingerprint"]["parts"]["reward"]["terms"]
     assert (term["kind"], term["path"]) == ("pairs", str(file))
+    capsys.readouterr()
+
+    run("merge", tiny, tmp_path, f"--merge.adapter={tmp_path}/outputs/tiny/dpo/it")
+    card = (tmp_path / "outputs/tiny/merge/it/model/README.md").read_text()
+    assert f"A policy trained by DPO on pairs {str(file).replace('_', '&#95;')}, at beta 0.05, by the recipe" in card
+    assert "Judged by the reward adapter checkpoints/reward, J at beta 0.05." in card
+    run("evaluate", tiny, tmp_path)
+    assert "another objective" not in capsys.readouterr().out  # pairs are no reward to differ from
+    run("merge", tiny, tmp_path, f"--merge.adapter={tmp_path}/outputs/tiny/dpo/it", "--run.name=2")
+    assert "not on the card" not in capsys.readouterr().out
+    assert "95% intervals" in (tmp_path / "outputs/tiny/merge/2/model/README.md").read_text()
 
 
 def test_chat_pairs_and_those_without_a_prompt_become_the_same_tokens(tiny, tmp_path):
