@@ -120,12 +120,19 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     recipe, notes = resumed_recipe(recipe, stage, line.overrides)
                     for note in notes:
                         _say(f"resume: {note}")
-                from rlhf_recipes.preflight import check, describe, warnings
+                from rlhf_recipes.preflight import check, describe, describe_memory, warnings
 
                 if line.dry_run:
                     print(describe(recipe, stage))
                 check(recipe, stage)
-                for warning in warnings(recipe, stage):
+                longest = None
+                if line.dry_run:
+                    from rlhf_recipes.look import look
+
+                    seen = look(recipe, stage)
+                    longest = seen.longest
+                    print("\n".join([describe_memory(recipe, stage, longest), *seen.lines]))
+                for warning in warnings(recipe, stage, longest):
                     _say(f"warning: {warning}")
                 if line.dry_run:
                     print("# checks: paths, tokens, lengths, batch sizes, disk are in order (a run also tries ten prompts)")

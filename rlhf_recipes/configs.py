@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 import trl
 from datasets import Dataset
@@ -68,6 +70,16 @@ def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel, recipe: Recip
             if getattr(model(input_ids=ids, output_router_logits=True), "aux_loss", None) is None:
                 fields["router_aux_loss_coef"] = 0.0
     return fields if followed else fields | {"loss_type": "nll"}
+
+
+def row_lengths(train: Dataset) -> np.ndarray:
+    """Tokens of each row that an SFTTrainer has made; of packed rows, of each of the texts in them."""
+    if "input_ids" not in train.column_names:  # `dataset_kwargs` left them as they are
+        return np.zeros(1, int)
+    column = "seq_lengths" if "seq_lengths" in train.column_names else "input_ids"
+    count = pc.list_flatten if column == "seq_lengths" else pc.list_value_length
+    tables = train.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return np.concatenate([count(table[column]).to_numpy() for table in tables])
 
 
 def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: Path = Path(), **shared: Any) -> Any:

@@ -5,6 +5,8 @@ probabilities of the very tokens.
 """
 
 import json
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.data import encode_completion, encode_prompt
 from rlhf_recipes.evaluation import Completions, complete
+from rlhf_recipes.pairs import FILE, IDS, read_pairs
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
-from rlhf_recipes.runtime import progress_bar
+from rlhf_recipes.runtime import progress_bar, say_left_out
 
-FILE = "pairs.jsonl"
 _PROGRESS = "progress.jsonl"  # a line for each finished slice of prompts: what a resumed run need not do again
-_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "label_smoothing")
 
 
 def sample_pairs(
@@ -136,42 +137,20 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
     return pairs, dropped
 
 
-def load_pairs(file: Path, vocabulary: int) -> Dataset:
-    """The token ids of a pairs.jsonl, as DPOTrainer's collator takes them, and each pair's `label_smoothing`.
+def load_pairs(file: Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+    """A file of pairs as DPOTrainer's collator takes them: token ids, and each pair's `label_smoothing`.
 
     Args:
+        file: what `sample_pairs` writes, or lines of prompt, chosen and rejected, which are tokenised here.
         vocabulary: rows of the backbone's embedding.
 
     Raises:
-        RecipeError: the file is not what `sample_pairs` writes, or was made with another vocabulary.
+        RecipeError: a line is neither, or its tokens are of another tokenizer.
     """
-    columns: dict[str, list] = {name: [] for name in _COLUMNS}
-    where = str(file)
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{file}, line {number}"
-                row = json.loads(line)
-                for name in _COLUMNS:
-                    columns[name].append(_checked(name, row[name], vocabulary))
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{where}: not pairs of scripts/preferences.py ({error!r})") from error
-    if not columns["prompt_ids"]:
-        raise RecipeError(f"{file}: no pairs; make them with scripts/preferences.py")
-    return Dataset.from_dict(columns)
-
-
-def _checked(name: str, value: Any, vocabulary: int) -> Any:
-    if name == "label_smoothing":
-        if type(value) not in (int, float) or not 0 <= value <= 0.5:
-            raise ValueError(f"{name} is {value!r}, expected a probability of at most 0.5")
-    elif not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
-        raise ValueError(f"{name} is no list of token ids")  # of a completion an empty one: its first token was the pad
-    elif value and max(value) >= vocabulary:
-        raise ValueError(f"{name} has the token {max(value)} of another vocabulary: the backbone's has {vocabulary}")
-    return value
+    rows, tokens = read_pairs(file, vocabulary, partial(tokenizer.decode, skip_special_tokens=True))
+    if not tokens:
+        return tokenize_preferences(rows, tokenizer, recipe, str(file))
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in IDS})
 
 
 def sample_of(pairs: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -182,22 +161,41 @@ def sample_of(pairs: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Data
     return Dataset.from_dict({"prompt_ids": [end], "chosen_ids": [end], "rejected_ids": [end], "label_smoothing": [0.0]})
 
 
-def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
-    """Pairs as a person made them to the same token ids; a completion is cut at `data.max_completion_tokens`."""
-    limit = recipe.data.max_completion_tokens
+def tokenize_preferences(
+    pairs: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, source: str = "load_preferences"
+) -> Dataset:
+    """Pairs as a person made them to the same token ids.
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        completions = {
-            f"{side}_ids": encode_completion(tokenizer, prompt, row[side])[:limit] for side in ("chosen", "rejected")
-        }
-        return {"prompt_ids": encode_prompt(tokenizer, prompt), **completions, "label_smoothing": 0.0}
+    Those with a prompt over `data.max_prompt_tokens`, or whose completions are the same, are left out; a completion over
+    `data.max_completion_tokens` is cut there. Both are counted and said.
 
-    tokenized = pairs.map(tokenize, remove_columns=pairs.column_names, desc="Tokenizing pairs")
-    longest = recipe.data.max_prompt_tokens
-    kept = tokenized.filter(lambda row: len(row["prompt_ids"]) <= longest and row["chosen_ids"] != row["rejected_ids"])
-    if len(kept) == 0:
-        raise RecipeError(f"none of the {len(pairs)} pairs of load_preferences has a prompt of at most {longest} tokens")
-    if len(kept) < len(pairs):
-        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are identical or longer than data.max_prompt_tokens, left out")
-    return kept
+    Raises:
+        RecipeError: none is left.
+    """
+    limit, longest = recipe.data.max_completion_tokens, recipe.data.max_prompt_tokens
+    columns: dict[str, list] = {name: [] for name in IDS}
+    given = cut = long = same = 0
+    for row in pairs:
+        given += 1
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        whole = {side: encode_completion(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+        chosen, rejected = (ids[:limit] for ids in whole.values())
+        if len(prompt) > longest or chosen == rejected:
+            long += len(prompt) > longest
+            same += len(prompt) <= longest
+            continue
+        cut += any(len(ids) > limit for ids in whole.values())
+        for name, value in zip(IDS, (prompt, chosen, rejected, 0.0), strict=True):
+            columns[name].append(value)
+    kept = given - long - same
+    if kept == 0:
+        raise RecipeError(
+            f"none of the {given} pairs of {source} can be used: {long} have a prompt of more than {longest} tokens "
+            f"(`data.max_prompt_tokens`), {same} have two completions that are the same in their first {limit} tokens"
+        )
+    say_left_out(
+        given - kept, given, f"pairs of {source}", f"identical or longer than data.max_prompt_tokens={longest}, left out"
+    )
+    raised = f"cut there; `data.max_completion_tokens` {limit} is what policies sample too"
+    say_left_out(cut, kept, f"pairs of {source}", f"have a completion of more than {limit} tokens, {raised}")
+    return Dataset.from_dict(columns)

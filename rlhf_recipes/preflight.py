@@ -9,7 +9,9 @@ from typing import Any
 
 import psutil
 
+from rlhf_recipes.pairs import pairs_file
 from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, nearest, section_of
+from rlhf_recipes.sizes import sizes_of
 
 _CHUNK_TOKENS = 512
 # TRL finds out about others at the first step only
@@ -282,15 +284,10 @@ def _local_json(recipe: Recipe, name: str) -> dict[str, Any]:
     return _read_json(file, "model.path") if os.path.isfile(file) else {}
 
 
-def _whole_number(config: dict[str, Any], key: str, default: float) -> float:
-    """Of a config.json, where another type than the expected is transformers' to refuse."""
-    return config[key] if isinstance(config.get(key), int) else default
-
-
 def _check_lengths(recipe: Recipe) -> None:
-    room = _whole_number(_local_json(recipe, "config.json"), "max_position_embeddings", math.inf)
+    room = sizes_of(_local_json(recipe, "config.json")).positions
     prompt, completion = recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens
-    if prompt + completion > room:
+    if room is not None and prompt + completion > room:
         raise RecipeError(
             f"`data.max_prompt_tokens` {prompt} + `data.max_completion_tokens` {completion} exceed the {room} tokens "
             f"that {recipe.model.path} reads; lower one of them"
@@ -323,7 +320,7 @@ def _check_dpo(recipe: Recipe) -> None:
     if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
-        _check_folder(recipe, "preferences.path", recipe.preferences.path, "pairs.jsonl")
+        pairs_file(recipe)
 
 
 def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
@@ -472,19 +469,26 @@ def _check_pad(recipe: Recipe) -> None:
         )
 
 
-def warnings(recipe: Recipe, stage: str) -> list[str]:
-    """Whose code is executed, and what may go wrong by rough estimates."""
+def warnings(recipe: Recipe, stage: str, longest: int | None = None) -> list[str]:
+    """Whose code is executed, and what may go wrong by rough estimates; `longest` as in `memory_estimate`."""
     found = [f"{key}: code of {path} is executed on this machine" for key, path in _trusted(recipe, stage)]
     if _launched_with("DeepSpeed"):
         found.append("under DeepSpeed no checkpoints are written, since its own are pickled; FSDP 2 has them")
-    estimate = None if stage == "report" else memory_estimate(recipe, stage)
-    needed, free = sum((estimate or {}).values()), psutil.virtual_memory().available
-    if needed > free:
-        found.append(
-            f"{stage} needs about {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB free; if no GPU "
-            f"holds it, lower the batch size, `data.max_completion_tokens` or `lora.r`, or use `model.dtype` bfloat16"
-        )
+    if stage != "report" and _lengths_known(recipe, stage, longest):
+        found += memory_warning(recipe, stage, longest)
     return found
+
+
+def memory_warning(recipe: Recipe, stage: str, longest: int | None = None) -> list[str]:
+    """A line where the machine has less free memory than the stage needs by `memory_estimate`."""
+    estimate = memory_estimate(recipe, stage, longest, cpu=not _has_gpu())
+    needed, free = sum((estimate or {}).values()), psutil.virtual_memory().available
+    if needed <= free:
+        return []
+    return [
+        f"{stage} needs about {needed / 2**30:.1f} GiB and this machine has {free / 2**30:.1f} GiB free; if no GPU "
+        f"holds it, lower the batch size, `data.max_completion_tokens` or `lora.r`, or use `model.dtype` bfloat16"
+    ]
 
 
 def _trusted(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
@@ -536,29 +540,70 @@ def _matrices(shapes: dict[str, list[int]]) -> list[list[int]]:
 
 
 def describe(recipe: Recipe, stage: str) -> str:
-    """The resolved recipe and the memory estimate."""
-    lines = [f"# {stage} of {recipe.task}", recipe.to_yaml(), f"# memory of {stage}, estimated"]
-    if stage == "report":
-        return "\n".join([*lines, "  little: a report loads no weights"])
-    estimate = memory_estimate(recipe, stage)
-    if estimate is None:
-        lines.append(f"unknown: {recipe.model.path} is not on this machine")
-    else:
-        lines += [f"  {part:<34}{size / 2**20:>10,.0f} MiB" for part, size in estimate.items()]
-        lines.append(f"  {'sum':<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
-        lines.append(f"  {'free memory of this machine':<34}{psutil.virtual_memory().available / 2**20:>10,.0f} MiB")
+    """The resolved recipe."""
+    lines = [f"# {stage} of {recipe.task}", recipe.to_yaml()]
     if stage == "merge" and recipe.merge.push:
         kind = "private" if recipe.merge.private else "public"
         lines.append(f"# would upload model, tokenizer, generation config and card to {recipe.merge.push}, {kind} if it is new")
     return "\n".join(lines)
 
 
-def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
+def describe_memory(recipe: Recipe, stage: str, longest: int | None = None) -> str:
+    """The memory estimate.
+
+    Args:
+        longest: tokens of the longest row that a supervised stage trains on, where that is known.
+    """
+    lines = [f"# memory of {stage}, estimated"]
+    if stage == "report":
+        return "\n".join([*lines, "  little: a report loads no weights"])
+    estimate = memory_estimate(recipe, stage, longest, cpu=not _has_gpu())
+    if estimate is None:
+        return "\n".join([*lines, f"unknown: {recipe.model.path} is not on this machine"])
+    lines += [f"  {part:<34}{size / 2**20:>10,.0f} MiB" for part, size in estimate.items()]
+    title = "sum" if _lengths_known(recipe, stage, longest) else "sum, at most"
+    lines.append(f"  {title:<34}{sum(estimate.values()) / 2**20:>10,.0f} MiB")
+    lines.append(f"  {'free memory of this machine':<34}{psutil.virtual_memory().available / 2**20:>10,.0f} MiB")
+    if not _lengths_known(recipe, stage, longest):
+        tokens = _row_tokens(recipe, stage, None)
+        lines.append(f"  for rows of {tokens} tokens, the most that `{section_of(stage)}.max_length` lets be")
+    return "\n".join(lines)
+
+
+def _has_gpu() -> bool:
+    """Whether the system names one of NVIDIA's; torch would take seconds to ask."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _lengths_known(recipe: Recipe, stage: str, longest: int | None) -> bool:
+    """Of the rows that are trained on; packed rows are full."""
+    return stage not in ("sft", "reward") or longest is not None or bool(recipe.stages[section_of(stage)].get("packing"))
+
+
+def _row_tokens(recipe: Recipe, stage: str, longest: int | None) -> int:
+    """Of the longest row in a batch."""
+    if stage not in ("sft", "reward"):
+        return recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
+    section = recipe.stages[section_of(stage)]
+    most = section.get("max_length", 1024)
+    if section.get("packing") or longest is None:  # packed rows are full
+        return most or longest or 1024
+    return min(longest, most or longest)
+
+
+def memory_estimate(recipe: Recipe, stage: str, longest: int | None = None, cpu: bool = False) -> dict[str, float] | None:
     """Bytes by part; None where the backbone is not on this machine.
 
     Weights are exact (from the safetensors header). A trained parameter costs 16 bytes: weight, gradient and AdamW's two
-    moments in float32. Activations are about 16 hidden vectors a layer and token; with gradient checkpointing one a layer and
-    16 of the layer at work, without training those alone. Logits are three float32 copies a token. Pairs count twice.
+    moments in float32. What a layer keeps of a token for its backward pass is about 9 hidden vectors and 4 of the feed-forward
+    layer's (2 where it has no gate), with eager attention also a weight for each head and token; counted with
+    torch.autograd.graph.saved_tensors_hooks on Llama. With gradient checkpointing it is one vector a layer, and all of that of
+    the layer at work; without training that alone. Logits are three float32 copies a token. Pairs count twice.
+
+    Args:
+        longest: tokens of the longest row that a supervised stage trains on; by default all that its `max_length` lets be.
+        cpu: the process keeps about as much again as a backward pass needs, since pieces of memory of all sizes are freed and
+            asked for in between (measured with glibc on recipes/imdb); a GPU's allocator rounds sizes.
     """
     config, shapes = _backbone(recipe)
     if not shapes:
@@ -573,21 +618,24 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
     trains = section_of(stage) in recipe.stages
     from_scratch = stage == "sft" and section.get("from_scratch")
     batch = section.get("per_device_train_batch_size", 8) if trains else recipe.evaluate.batch_size
-    rows = 2 * batch if stage in ("reward", "dpo") else batch
-    tokens = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
-    if stage in ("sft", "reward"):
-        tokens = section.get("max_length") or 1024
-    layers, hidden = _whole_number(config, "num_hidden_layers", 12), _whole_number(config, "hidden_size", 768)
+    if stage in ("ppo", "a2c"):
+        episodes = batch * section.get("gradient_accumulation_steps", 1)
+        batch = min(batch, math.ceil(episodes / section.get("num_mini_batches", 1)))
+    batch = 10 if stage == "merge" else batch  # prompts that are compared
+    rows, tokens = 2 * batch if stage in ("reward", "dpo") else batch, _row_tokens(recipe, stage, longest)
+    size = sizes_of(config)
+    a_layer = 9 * size.hidden + (4 if any("gate" in name for name in shapes) else 2) * size.inner
+    a_layer += size.heads * tokens if recipe.model.attention == "eager" else 0
     recomputed = stage in ("sft", "reward", "dpo") and section.get("gradient_checkpointing", True)
-    vectors = (16 + layers if recomputed else 16 * layers) if trains else 16
+    kept = (a_layer + size.layers * size.hidden if recomputed else size.layers * a_layer) if trains else a_layer
     whole = stage == "dpo" or (stage == "sft" and section.get("loss_type") in ("nll", "dft"))  # others: one step's or chunk's
     logits = rows * tokens if whole else max(batch, _CHUNK_TOKENS)
     estimate = {
-        "imports (torch, transformers, trl)": 700 * 2**20,
+        "imports (torch, transformers, trl)": 650 * 2**20,
         "backbone, once for all roles": 16 * parameters if from_scratch else backbone,
         "trained adapters with optimizer": 0 if from_scratch else (16 if trains else 4) * lora,
-        "activations": weight_bytes * rows * tokens * hidden * vectors,
-        "logits": 3 * 4 * logits * (1 if stage == "reward" else _whole_number(config, "vocab_size", 32000)),
+        "activations": weight_bytes * rows * tokens * kept * (2 if cpu and trains else 1),
+        "logits": 3 * 4 * logits * (1 if stage == "reward" else size.vocabulary),
     }
     if stage not in ("sft", "reward", "merge"):
         foreign = [term.model for term in recipe.reward.all_terms() if term.model]
@@ -597,10 +645,15 @@ def memory_estimate(recipe: Recipe, stage: str) -> dict[str, float] | None:
         at_once = recipe.preferences.batch_size if stage in ("preferences", "dpo") else recipe.evaluate.batch_size
         if stage in ("ppo", "a2c"):
             at_once = section.get("local_rollout_forward_batch_size", 64)
-        heads = _whole_number(config, "num_attention_heads", 12)
-        width = _whole_number(config, "head_dim", hidden // max(1, heads)) * _whole_number(config, "num_key_value_heads", heads)
-        estimate["keys and values while sampling"] = 2 * weight_bytes * at_once * tokens * layers * width
+        width = size.head_width * size.key_heads
+        estimate["keys and values while sampling"] = 2 * weight_bytes * at_once * tokens * size.layers * width
     return estimate
+
+
+def backbone_vocabulary(recipe: Recipe) -> int | None:
+    """Rows of the backbone's embedding, where it is on this machine."""
+    config = _local_json(recipe, "config.json")
+    return sizes_of(config).vocabulary if config else None
 
 
 def _backbone(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[int]]]:

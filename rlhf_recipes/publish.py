@@ -14,12 +14,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data import end_token_ids
-from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, followed
-from rlhf_recipes.resume import RESOLVED, SUMMARY
+from rlhf_recipes.fingerprint import (
+    OWN,
+    another_backbone,
+    describe_reward,
+    differences,
+    fingerprint,
+    of_pairs,
+    parts_of,
+    recorded_fingerprint,
+)
+from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
+from rlhf_recipes.resume import RESOLVED, SUMMARY, newest_run, trials_of
 from rlhf_recipes.roles import load_adapter_policy
 from rlhf_recipes.runs import MODEL, Run
 from rlhf_recipes.sampling import model_inputs
-from rlhf_recipes.tables import fenced, markdown_table, markdown_text
+from rlhf_recipes.tables import fenced, fraction_bound, markdown_table, markdown_text, optimum_text
+from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
 
 # The largest difference between log-probabilities before and after, in nats, by the dtype in which the model is saved: rounding
 # of its weights, a few units in the last place of logits of order ten.
@@ -27,17 +38,31 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 
 
 def adapter_to_merge(recipe: Recipe) -> Path:
-    """`merge.adapter`: a run of a policy stage, a checkpoint of one, or any folder of an adapter; default the latest PPO run.
+    """`merge.adapter`: a run of a policy stage, a checkpoint of one, or any folder of an adapter; by default the PPO run that
+    finished last, trials of sweeps aside.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or it was trained on another backbone.
     """
     given = recipe.merge.adapter
-    folder = Path(recipe.path(given)) if given else followed(Path(recipe.run.output) / recipe.task / "ppo" / LATEST)
+    if given is None:
+        newest = newest_run(recipe, "ppo")
+        if newest is None:
+            trials = trials_of(recipe, "ppo")
+            where = Path(recipe.run.output) / recipe.task / "ppo"
+            there = f"; there are {len(trials)} trials of sweeps, such as {trials[0]}" if trials else ""
+            raise RecipeError(
+                f"`merge.adapter`: no finished run of PPO in {where}; run scripts/ppo.py first, or name another with "
+                f"--merge.adapter FOLDER{there}"
+            )
+        folder = newest
+    else:
+        folder = Path(recipe.path(given))
     if not (folder / "adapter_config.json").is_file():
         hint = "it has no adapter_config.json" if folder.is_dir() else "no such folder"
-        default = "" if given else "; run scripts/ppo.py first, or name another with --merge.adapter FOLDER"
-        raise RecipeError(f"`merge.adapter` {given or folder}: {hint}{default}")
+        raise RecipeError(f"`merge.adapter` {given or folder}: {hint}")
+    if other := another_backbone(recorded_fingerprint(folder.resolve()), fingerprint(recipe, "merge")):
+        raise RecipeError(f"`merge.adapter` {given or folder}: an adapter trained on {other}")
     return folder.resolve()
 
 
@@ -97,39 +122,82 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
 # --- the card ----------------------------------------------------------------------------------------------------
 
 
-def evaluation_table(recipe: Recipe, adapter: Path) -> list[str]:
-    """The lines of a Markdown table: what scripts/evaluate.py found, with intervals, where it judged this adapter, else the
-    numbers at the end of its run; [] without either."""
-    file = followed(Path(recipe.run.output) / recipe.task / "evaluate" / LATEST / "evaluation.json")
-    shown = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "objective": "J", "fraction_of_optimum": "of the optimum"}
-    if file.is_file():
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name, folder in evaluation["folders"].items() if Path(folder).resolve() == adapter]
-        if names:
-            sides = {"reference": evaluation["policies"]["reference"], "this policy": evaluation["policies"][names[0]]}
-            columns = [key for key in shown if key in sides["this policy"]]
+_SHOWN = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "objective": "J", "fraction_of_optimum": "of the optimum"}
 
-            def cell(metrics: dict[str, dict[str, float]], key: str) -> str:
-                if key not in metrics:
-                    return ""
-                return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**metrics[key])
 
-            rows = [[side, *(cell(metrics, key) for key in columns)] for side, metrics in sides.items()]
-            head = [f"{evaluation['prompts']} held-out prompts, 95% intervals", *(shown[key] for key in columns)]
-            return markdown_table(head, rows)
-    summary = adapter / SUMMARY
-    if summary.is_file():
-        judged = json.loads(summary.read_text(encoding="utf-8"))
-        if "policy" in judged:
-            columns = [key for key in shown if key in judged["policy"]]
-            sides = {"reference": judged["reference"], "this policy": judged["policy"]}
-            rows = [[side, *(f"{m[key]:.3f}" if key in m else "" for key in columns)] for side, m in sides.items()]
-            return markdown_table([f"{judged['prompts']} held-out prompts", *(shown[key] for key in columns)], rows)
+def own_evaluation(recipe: Recipe, adapter: Path, policy: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest evaluation that judged `adapter` by what it was trained for, and a line for each newer one that did not.
+
+    Args:
+        policy: the adapter's fingerprint; of an adapter from elsewhere None, and any evaluation is taken.
+    """
+    files = (Path(recipe.run.output) / recipe.task / "evaluate").glob("*/evaluation.json")
+    passed: list[str] = []
+    for file in sorted({file.resolve() for file in files}, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            names = [name for name, folder in evaluation["folders"].items() if Path(folder).resolve() == adapter]
+        except (ValueError, LookupError, AttributeError, TypeError):
+            passed.append(f"not on the card: {file}, as it is not what scripts/evaluate.py writes")
+            continue
+        if not names:
+            continue
+        judged_by = evaluation.get("judged_by") or recorded_fingerprint(file.parent)
+        # pairs are no reward whose numbers another reward's could be taken for
+        parts = [part for part in OWN if part != "reward" or not of_pairs(policy)]
+        other = differences(policy, judged_by, parts, here="there")
+        if not other:
+            return evaluation | {"name": names[0], "judged_by": judged_by or {}}, passed
+        passed.append(f"not on the card: {file.parent}, as this policy was trained for {'; '.join(other.values())}")
+    return None, passed
+
+
+def evaluation_table(evaluation: dict[str, Any] | None, summary: dict[str, Any]) -> list[str]:
+    """The lines of a Markdown table: what scripts/evaluate.py found, with intervals, else the numbers at the end of the
+    policy's own run; [] without either."""
+    if evaluation is not None:
+        sides = {"reference": evaluation["policies"]["reference"], "this policy": evaluation["policies"][evaluation["name"]]}
+        terms = {key: key.replace("_", " ", 1) for key in sides["this policy"] if key.startswith("reward_")}
+        shown = {"reward": "reward"} | terms | _SHOWN
+        columns = [key for key in shown if key in sides["this policy"]]
+        optimum = evaluation["optimum"]
+        bound = optimum.get("bound", optimum["effective_sample_size"] < SMALL_EFFECTIVE_SIZE)
+
+        def cell(metrics: dict[str, dict[str, float]], key: str) -> str:
+            if key not in metrics:
+                return ""
+            if bound and key == "fraction_of_optimum":
+                return fraction_bound(metrics[key]["mean"])
+            return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**metrics[key])
+
+        rows = [[side, *(cell(metrics, key) for key in columns)] for side, metrics in sides.items()]
+        head = [f"{evaluation['prompts']} held-out prompts, 95% intervals", *(shown[key] for key in columns)]
+        sentence = optimum_text(optimum["objective"], optimum["effective_sample_size"], optimum["proposal"], bound)
+        return [*markdown_table(head, rows), "", markdown_text(sentence)]
+    if "policy" in summary:
+        terms = {key: key.replace("_", " ", 1) for key in summary["policy"] if key.startswith("reward_")}
+        shown = {"reward": "reward"} | terms | _SHOWN
+        columns = [key for key in shown if key in summary["policy"]]
+        sides = {"reference": summary["reference"], "this policy": summary["policy"]}
+        rows = [[side, *(f"{m[key]:.3f}" if key in m else "" for key in columns)] for side, m in sides.items()]
+        return markdown_table([f"{summary['prompts']} held-out prompts", *(shown[key] for key in columns)], rows)
     return []
 
 
-def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
-    """The model card: where it comes from, how good it is, and everything needed to make it again."""
+def objective_text(policy: dict[str, Any] | None) -> str:
+    """What a policy maximises, and at which beta; empty where nobody knows."""
+    parts = parts_of(policy)
+    if "reward" not in parts:
+        return ""
+    reward = markdown_text(describe_reward(parts["reward"]))
+    if of_pairs(policy):
+        return f" on {reward}, at beta {parts['beta']:g},"
+    return f" to maximise E[r] - {parts['beta']:g} KL from its backbone, with the reward r = {reward},"
+
+
+def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str, list[str]]:
+    """The model card: where it comes from, how good it is, and everything needed to make it again; and a line for each
+    evaluation that is not on it."""
     summary = json.loads((adapter / SUMMARY).read_text(encoding="utf-8")) if (adapter / SUMMARY).is_file() else {}
     values = summary.get("stage", "?"), summary.get("seed", recipe.run.seed)
     stage, seed = (markdown_text(str(value)) for value in values)  # a stranger's, perhaps
@@ -140,18 +208,32 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
     if "/" in recipe.model.path and not Path(recipe.path(recipe.model.path)).is_dir():
         front["base_model"] = recipe.model.path
     versions = ", ".join(f"{package} {version(package)}" for package in ("trl", "transformers", "peft", "torch"))
-    table = evaluation_table(recipe, adapter) or ["This policy has not been evaluated: `scripts/evaluate.py` does it."]
+    policy = recorded_fingerprint(adapter)
+    evaluation, passed = own_evaluation(recipe, adapter, policy)
+    table = evaluation_table(evaluation, summary) or ["This policy has not been evaluated: `scripts/evaluate.py` does it."]
+    judged_by = parts_of(evaluation["judged_by"] if evaluation else _end_of_run(resolved))
+    if "reward" in judged_by and (policy is None or of_pairs(policy)) and (evaluation or "policy" in summary):
+        reward = markdown_text(describe_reward(judged_by["reward"]))
+        table += ["", f"Judged by the reward {reward}, J at beta {judged_by['beta']:g}."]
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
         f"# {recipe.task}: {stage}", "",
-        f"A policy trained by {stage.upper()} to maximise E[r] - {recipe.objective.beta:g} KL from its backbone, by the recipe "
-        f"`{recipe.task}` of RLHF Recipes, then merged: no adapter is needed. Seed {seed}, commit {commit()}, {versions}.", "",
+        f"A policy trained by {stage.upper()}{objective_text(policy)} by the recipe `{recipe.task}` of RLHF Recipes, then "
+        f"merged: no adapter is needed. Seed {seed}, commit {commit()}, {versions}.", "",
         "## Evaluation", "", *table, "",
         "## Merging", "",
         f"Saved in {recipe.model.save_dtype}. Log-probabilities of the next token are within {checked['difference']:.2g} nats "
         f"of those of backbone and adapter (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g} nats.", "",
         "## Recipe", "", fenced(source.strip(), "yaml"), "",
-    ])  # fmt: skip
+    ]), passed  # fmt: skip
+
+
+def _end_of_run(resolved: Path) -> dict[str, Any] | None:
+    """What a run judges its policy by at its end, which on given pairs is not what it maximised; None where nobody knows."""
+    try:
+        return fingerprint(load_recipe(resolved), "evaluate")
+    except RecipeError:
+        return None
 
 
 def commit() -> str:

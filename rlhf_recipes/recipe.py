@@ -238,6 +238,7 @@ class RunSection:
     project: str = _key("the wandb project", "rlhf-recipes")
     group: str | None = _key("the wandb group; default: the task", None)
     name: str | None = _key("the run folder's name; default: time and seed", None)
+    trial: bool = _key("one of a sweep's runs: `latest` does not point to it, and it is judged or merged only by name", False)
     resume: str | None = _key("a run's folder to go on with, or `latest`; --resume says the same", None)
     max_skipped_steps: Positive = _key(
         "optimizer steps in a row whose gradient is not finite, and which are left out, after which a run stops", 10
@@ -260,7 +261,11 @@ class PreferencesSection:
     pairs_per_prompt: Positive = _key("pairs sampled for each training prompt", 4)
     prompts: Positive | None = _key("training prompts to use, the first of them; default all", None)
     batch_size: Positive = _key("completions sampled at a time", 64)
-    path: str | None = _key("a folder scripts/preferences.py made; without one scripts/dpo.py makes its pairs first", None)
+    path: str | None = _key(
+        "pairs to train on: a folder that scripts/preferences.py made, or a .jsonl file of `prompt`, `chosen` and `rejected`, "
+        "text or chat messages; without one scripts/dpo.py makes its pairs first",
+        None,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,27 +23,21 @@ from rlhf_recipes.report_plots import (
     save_png,
     watch_plots,
 )
-from rlhf_recipes.tables import markdown_table, markdown_text
-from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.tables import fraction_bound, markdown_table, markdown_text, optimum_text
 
 
 def table_metrics(data: ReportData) -> list[str]:
     """The metrics that any policy has, the main ones first."""
     present = list(dict.fromkeys(metric for policy in data.policies for metric in policy.metrics))
-    return [metric for metric in METRICS if metric in present] + [metric for metric in present if metric not in METRICS]
+    known, others = [m for m in METRICS if m in present], [m for m in present if m not in METRICS]
+    terms = [metric for metric in others if metric.startswith("reward_")]  # of a sum
+    at = known.index("reward") + 1
+    return known[:at] + terms + known[at:] + [metric for metric in others if metric not in terms]
 
 
 def optimum_sentence(data: ReportData) -> str:
     optimum = data.evaluation.optimum
-    flag = (
-        f": SMALL (under {SMALL_EFFECTIVE_SIZE}), so J* is probably higher and the fractions of it lower"
-        if optimum.small
-        else ""
-    )
-    return (
-        f"J* is about {optimum.objective:.3f} at β {data.evaluation.beta:g}, from samples of {optimum.proposal}; effective "
-        f"sample size {optimum.effective_sample_size:.1f} a prompt{flag}."
-    )
+    return optimum_text(optimum.objective, optimum.effective_sample_size, optimum.proposal, optimum.small)
 
 
 def headline(data: ReportData) -> str:
@@ -53,7 +47,8 @@ def headline(data: ReportData) -> str:
         return ""
     best = max(trained, key=lambda p: p.metrics["objective"].mean)
     objective, fraction = best.metrics["objective"], best.metrics.get("fraction_of_optimum")
-    far = f", {fraction.mean:.0%} of the way from the reference to the optimum" if fraction else ""
+    most = "at most " if data.evaluation.optimum.small else ""
+    far = f", {most}{fraction.mean:.0%} of the way from the reference to the optimum" if fraction else ""
     interval = f"{objective.mean:.3f} ({objective.low:.3f} to {objective.high:.3f})"
     sentence = f"Highest J of the trained policies: {best.name}, {interval}{far}."
     untrained = max(
@@ -106,6 +101,7 @@ def render_html(data: ReportData) -> str:
         watched=watched,
         headline=headline(data),
         optimum=optimum_sentence(data),
+        fraction_bound=fraction_bound,
         content=_script_json(content),
         plotly_js=get_plotlyjs(),
     )
@@ -130,19 +126,26 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
     evaluation = data.evaluation
     metrics = table_metrics(data)
     rows = [
-        [p.name, "" if p.beta is None else f"{p.beta:g}", *(_interval(p.metrics.get(metric)) for metric in metrics)]
+        [
+            p.name,
+            "" if p.beta is None else f"{p.beta:g}",
+            *(_cell(data, p.metrics.get(metric), metric) for metric in metrics),
+            p.run,
+        ]
         for p in data.policies
     ]
     lines = [
         f"# {markdown_text(data.task)}: report",
         "",
-        f"{evaluation.prompts} held-out prompts, {evaluation.completions} completions each, J at β {evaluation.beta:g}; "
-        "every number with its 95% interval.",
+        f"{evaluation.prompts} held-out prompts, {evaluation.completions} completions each, J at β {evaluation.beta:g}"
+        + (f", judged by {markdown_text(data.judged_by)}" if data.judged_by else "")
+        + "; every number with its 95% interval.",
         "",
         *([markdown_text(headline(data)), ""] if headline(data) else []),
         markdown_text(optimum_sentence(data)),
         "",
-        *markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics)], rows),
+        *markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics), "run"], rows),
+        *(line for note in data.notes for line in ("", markdown_text(note))),
     ]
     if evaluation.exact:
         keys = list(next(iter(evaluation.exact.values())))
@@ -167,8 +170,12 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
     return "\n".join(lines)
 
 
-def _interval(interval: Interval | None) -> str:
-    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})" if interval else ""
+def _cell(data: ReportData, interval: Interval | None, metric: str) -> str:
+    if interval is None:
+        return ""
+    if data.evaluation.optimum.small and metric == "fraction_of_optimum":
+        return fraction_bound(interval.mean)
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _with_scores(row: dict[str, Any], side: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from rlhf_recipes.fingerprint import describe_reward, differences, fingerprint, parts_of, recorded_fingerprint
 from rlhf_recipes.recipe import LATEST, SECTIONS, Recipe, RecipeError, followed
 from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
 
@@ -37,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Optimum(Estimate):
-    """J* as `yardstick.estimate_optimum` estimates it."""
+    """J* as `yardstick.estimate_optimum` estimates it; of a small sample a bound."""
 
     objective: float
 
@@ -76,6 +77,9 @@ class Evaluation:
     frontiers: Frontiers
     folders: dict[str, str]
     exact: dict[str, dict[str, float]] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    judged_by: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Policy:
     name: str
     kind: str  # a key of report_plots.STYLES
     metrics: dict[str, Interval]
+    run: str = ""  # STAGE/RUN
     beta: float | None = None
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # `section.key` -> value, of the sections that shape the training
@@ -103,6 +108,8 @@ class ReportData:
     policies: list[Policy]
     sides: list[str]  # who has samples: the reference, then the policies in folders
     samples: list[dict[str, Any]]  # the rows of samples.jsonl
+    judged_by: str  # the reward
+    notes: list[str]  # what to know beside the numbers
 
 
 TRAINED = ("ppo", "a2c", "dpo", "other")
@@ -158,8 +165,11 @@ def evaluation_folder(recipe: Recipe) -> Path:
     return folder.resolve()
 
 
-def load_report_data(folder: Path) -> ReportData:
+def load_report_data(folder: Path, recipe: Recipe | None = None) -> ReportData:
     """Reads one evaluate run's folder, and the run folders of the policies it judged.
+
+    Args:
+        recipe: whose report it is: an evaluation by another reward, beta or backbone than its own is noted.
 
     Raises:
         RecipeError: a file is missing or is not what scripts/evaluate.py writes.
@@ -179,12 +189,20 @@ def load_report_data(folder: Path) -> ReportData:
     samples = _read_lines(folder / "samples.jsonl")
     sides = [name for name in ("reference", *evaluation.folders) if all(name in row for row in samples)]
     task = _read_summary(folder).get("task") or folder.parent.parent.name
-    folders = evaluation.folders
-    policies = [_load_policy(name, metrics, folders.get(name), file) for name, metrics in evaluation.policies.items()]
-    return ReportData(task, folder, evaluation, policies, sides, samples)
+    folders, runs = evaluation.folders, evaluation.runs
+    policies = [
+        _load_policy(name, metrics, folders.get(name), runs.get(name, ""), file)
+        for name, metrics in evaluation.policies.items()
+    ]
+    judged_by = evaluation.judged_by or recorded_fingerprint(folder)
+    reward, notes = parts_of(judged_by).get("reward"), list(evaluation.notes)
+    if recipe is not None:
+        other = differences(judged_by, fingerprint(recipe, "evaluate"), here="the recipe now has").values()
+        notes += [f"This evaluation was made for {'; '.join(other)}."] if other else []
+    return ReportData(task, folder, evaluation, policies, sides, samples, describe_reward(reward) if reward else "", notes)
 
 
-def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, where: Path) -> Policy:
+def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, run: str, where: Path) -> Policy:
     if path is None:
         if name != "reference" and not re.fullmatch(r"best-of-\d+", name):
             raise RecipeError(f"{where}: `folders` does not say where {name} is; evaluate again")
@@ -204,6 +222,7 @@ def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, wher
         name,
         kind,
         metrics,
+        run=run,
         beta=summary.get("beta", beta) if kind in CURVES else None,
         seed=summary.get("seed", (resolved.get("run") or {}).get("seed")),
         settings=settings,

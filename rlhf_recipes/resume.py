@@ -7,15 +7,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.checkpoints import RESUME, checkpoints_of, damage, step_of
+from rlhf_recipes.fingerprint import RESOLVED, RUN, SUMMARY, differences, fingerprint, without_code
 from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, followed, load_recipe, section_of
 
-RESOLVED = "recipe.resolved.yaml"
-RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, the task's hash
-SUMMARY = "summary.json"
 RESUMABLE = ("sft", "reward", "preferences", "ppo", "a2c", "dpo")
 # What may change while a run is interrupted: it has no say in the weights.
 _FREE_SECTIONS = ("evaluate", "watch", "report", "merge", "run")
@@ -90,6 +89,28 @@ def read_run(run: Path) -> dict[str, Any]:
         raise RecipeError(f"{file}: not JSON; restore it, or remove it to go on without what it says") from None
 
 
+def is_trial(run: Path) -> bool:
+    """Whether a run is one of a sweep's; in runs of before that was recorded, its name says so."""
+    about = read_run(run)
+    if "trial" in about:
+        return bool(about["trial"])
+    return re.search(r"-trial-\d+(-seed-\d+)?$", run.name) is not None
+
+
+def newest_run(recipe: Recipe, stage: str) -> Path | None:
+    """The run of a policy stage that finished last, trials of sweeps aside; None without one."""
+    runs = Path(recipe.run.output) / recipe.task / stage
+    finished = [file for file in runs.glob(f"*/{SUMMARY}") if file.parent.name != "latest" and not is_trial(file.parent)]
+    newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def trials_of(recipe: Recipe, stage: str) -> list[Path]:
+    """The finished trials of sweeps."""
+    runs = Path(recipe.run.output) / recipe.task / stage
+    return sorted(file.parent for file in runs.glob(f"*/{SUMMARY}") if file.parent.name != "latest" and is_trial(file.parent))
+
+
 def task_hash(recipe: Recipe) -> str:
     return hashlib.sha256((recipe.folder / "task.py").read_bytes()).hexdigest()
 
@@ -109,7 +130,18 @@ def _compare(then: Recipe, now: Recipe, given: Recipe, stage: str, run: Path) ->
     if elsewhere and given.folder == then.folder:
         values = ", ".join(f"`{key}` {after[key]!r}" for key in elsewhere)
         notes.append(f"the run keeps what it was started with, other than the recipe and command line now: {values}")
-    if read_run(run).get("task", task_hash(now)) != task_hash(now):
+    about = read_run(run)
+    maximised = about.get("fingerprint"), fingerprint(now, stage)
+    other = differences(maximised[0], maximised[1], here="now")
+    weights = differences(without_code(maximised[0]), without_code(maximised[1]), here="now")
+    if weights:
+        raise RecipeError(
+            f"--resume: {run} would go on as another run: {'; '.join(weights.values())}; put back what it was started with, or "
+            f"start a new run"
+        )
+    if other:  # a function that failed may have been mended
+        notes.append(f"warning: {'; '.join(other.values())}: the run goes on with the function as it is now")
+    elif about.get("task", task_hash(now)) != task_hash(now):
         notes.append(f"warning: {now.folder / 'task.py'} has changed since the run was started")
     return notes
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.diagnosis import Finding
+from rlhf_recipes.fingerprint import fingerprint
 from rlhf_recipes.recipe import LATEST, Recipe, RecipeError
 from rlhf_recipes.resume import RESOLVED, RUN, SUMMARY, read_run, task_hash
 from rlhf_recipes.runtime import stop_together
@@ -99,13 +100,17 @@ class Run:
         """
         temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
+        trial = self.recipe.run.trial or "WANDB_SWEEP_ID" in os.environ  # wandb's agent sets it for each run
+        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe), "trial": trial}
+        if self.stage != "report":
+            about["fingerprint"] = fingerprint(self.recipe, self.stage)
         made = temporary
         try:
             (temporary / RESOLVED).write_text(self.recipe.to_yaml(), encoding="utf-8")
-            about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe)}
             (temporary / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             made = self.folder = self._claim(temporary)
-            _point_latest(made)
+            if not trial:
+                _point_latest(made)
         except (OSError, RecipeError):
             shutil.rmtree(made, ignore_errors=True)
             raise
@@ -200,6 +205,10 @@ class Run:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.main:
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def record(self, about: dict[str, Any]) -> None:
+        """Adds to what run.json says."""
+        self.write_json(RUN, read_run(self.folder) | about)
 
     def write_batch(self, name: str, batch: dict[str, Any]) -> Path:
         """The tensors of a batch, by every process that calls it."""

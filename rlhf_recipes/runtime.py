@@ -64,6 +64,23 @@ def stop_together(failure: RecipeError | None) -> None:
             raise first
 
 
+def say_left_out(count: int, of: int, what: str, how: str) -> None:
+    """One line, from the main process, where a stage does not train on rows as they were given; louder where they are many."""
+    from accelerate import PartialState
+
+    if count and PartialState().is_main_process:
+        share = count / max(1, of)
+        print(f"{'warning: ' if share > 0.1 else ''}{count} of {of} {what} ({share:.0%}) {how}")
+
+
+def warn(lines: list[str]) -> None:
+    """Each line as a warning, from the main process."""
+    from accelerate import PartialState
+
+    for line in lines if PartialState().is_main_process else ():
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def _cores() -> int:
     """Those this process may use, where the system says so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

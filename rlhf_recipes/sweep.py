@@ -279,7 +279,7 @@ class Worker:
         if resumed:
             self._check_same(folder, sweep.recipe_of(trial.params, seed))
         if not (folder / SUMMARY).is_file():
-            words = sweep.words(trial.params, seed, name=name, group=sweep.name)
+            words = sweep.words(trial.params, seed, name=name, group=sweep.name, trial="true")
             command = [*words, f"--resume={folder}"] if resumed else words
             log = sweep.folder / "logs" / f"{name}.log"
             start = log.stat().st_size if log.is_file() else 0
@@ -451,7 +451,8 @@ def plan(sweep: Sweep) -> str:
         lines += [f"  {name} {dist}" for name, dist in sweep.space.items()]
     if sweep.pruning is not None:
         lines.append(f"pruned by hyperband: {', '.join(f'{key} {value}' for key, value in vars(sweep.pruning).items())}")
-    first = sweep.words(points[0], sweep.seeds[0], name=sweep.run_name(0, sweep.seeds[0]), group=sweep.name)
+    name = sweep.run_name(0, sweep.seeds[0])
+    first = sweep.words(points[0], sweep.seeds[0], name=name, group=sweep.name, trial="true")
     named = ["python" if word == sys.executable else word for word in first]
     goal = "highest" if sweep.maximize else "lowest"
     return "\n".join([

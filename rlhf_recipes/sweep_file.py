@@ -45,7 +45,7 @@ _KEYS = (
 )  # fmt: skip  # the last two are read by wandb alone
 _SERVERS_KEYS = ("apiVersion", "kind", "controller", "job", "image_uri", "scheduler", "metrics")
 _COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # wandb's default
-_GIVEN = ("run.name", "run.output", "run.resume", "run.group")  # to every trial
+_GIVEN = ("run.name", "run.output", "run.resume", "run.group", "run.trial")  # to every trial
 
 # wandb's distributions: those that Optuna has, with the keys each may have, and the nearest of them for each of the others
 _DISTRIBUTIONS = {

@@ -181,6 +181,8 @@ def print_results(sweep: Sweep, results: dict[str, Any]) -> None:
     print(f"sweep: {sweep.folder}")
     if results["best"]:
         print(f"the best: {results['best']['command']}")
+        runs = [run["run"] for run in results["trials"][0]["runs"]]
+        print(f"as it was run, for --merge.adapter and --evaluate.policies: {', '.join(runs)}")
 
 
 def _save_frontier(sweep: Sweep, results: dict[str, Any], file: Path) -> None:

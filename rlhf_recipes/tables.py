@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_recipes.fingerprint import describe_reward
+
 SIDES = ("reference", "policy")
 
 
@@ -30,24 +32,43 @@ def print_summary(summary: dict[str, Any]) -> None:
     _wide_console().print(table)
 
 
-def print_evaluation(evaluation: dict[str, Any], small: float) -> None:
-    """A row a policy, mean and 95% interval; then the optimum, flagged where its effective sample size is under `small`."""
-    policies = evaluation["policies"]
+def print_evaluation(evaluation: dict[str, Any]) -> None:
+    """A row a policy with its run, mean and 95% interval; then the optimum, and the notes."""
+    policies, runs, bound = evaluation["policies"], evaluation["runs"], evaluation["optimum"]["bound"]
     metrics = list(next(iter(policies.values())))
-    title = f"{evaluation['prompts']} held-out prompts, {evaluation['completions']} completions each, beta {evaluation['beta']}"
+    judged_by = describe_reward(evaluation["judged_by"]["parts"]["reward"])
+    title = (
+        f"{evaluation['prompts']} held-out prompts, {evaluation['completions']} completions each, beta {evaluation['beta']}, "
+        f"judged by {_plain(judged_by)}"
+    )
     table = Table("policy", *metrics, title=title, show_lines=True)
     for name, measured in policies.items():
-        cells = (f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}" for m in (measured[k] for k in metrics))
-        table.add_row(escape(name), *cells)
-    _wide_console().print(table)
+        cells = []
+        for key in metrics:
+            m = measured[key]
+            own = f"{m['mean']:.3f}\n{m['low']:.2f} to {m['high']:.2f}"
+            cells.append(fraction_bound(m["mean"]) if bound and key == "fraction_of_optimum" else own)
+        table.add_row(escape(name + (f"\n{runs[name]}" if runs.get(name, name) != name else "")), *cells)
+    _wide_console(20 * len(metrics)).print(table)
     for name, measured in evaluation.get("exact", {}).items():
         print(f"{name} by enumeration: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     optimum = evaluation["optimum"]
-    size = optimum["effective_sample_size"]
-    flag = f": SMALL (under {small}), so J* is probably higher and the fractions lower" if size < small else ""
-    print(
-        f"J* {optimum['objective']:.3f}, from samples of {optimum['proposal']}; effective sample size {size:.1f} a prompt{flag}"
-    )
+    print(optimum_text(optimum["objective"], optimum["effective_sample_size"], optimum["proposal"], bound))
+    for note in evaluation["notes"]:
+        print(note)
+
+
+def optimum_text(objective: float, size: float, proposal: str, bound: bool) -> str:
+    """J* and what it rests on, for the terminal and for the report."""
+    rests = f"from samples of {proposal}; effective sample size {size:.1f} a prompt"
+    if bound:
+        return f"J* >= {objective:.3f}, a bound {rests}, too few for an estimate: fractions of the optimum are at most these."
+    return f"J* is about {objective:.3f}, {rests}."
+
+
+def fraction_bound(fraction: float) -> str:
+    """A fraction of an optimum of which only a lower bound is known; of a policy below the reference it is one from below."""
+    return f"{fraction:.3f}" if fraction == 0 else f"at {'most' if fraction > 0 else 'least'} {fraction:.3f}"
 
 
 def print_rows(head: list[str], rows: list[list[str]], title: str) -> None:
@@ -58,9 +79,9 @@ def print_rows(head: list[str], rows: list[list[str]], title: str) -> None:
     _wide_console().print(table)
 
 
-def _wide_console() -> Console:
+def _wide_console(width: int = 200) -> Console:
     """A log file has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else max(200, width))
 
 
 def _plain(text: str) -> str:

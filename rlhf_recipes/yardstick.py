@@ -3,6 +3,7 @@
 import math
 import os.path
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.evaluation import Completions, distinct_n
+from rlhf_recipes.fingerprint import another_backbone, differences, fingerprint, of_pairs, recorded_fingerprint
 from rlhf_recipes.objective import (
     best_of_n_kl,
     best_of_n_weights,
@@ -22,10 +24,12 @@ from rlhf_recipes.objective import (
     wins,
 )
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest
+from rlhf_recipes.resume import newest_run, trials_of
 
 Metrics = dict[str, dict[str, float]]
 
 FRONTIER_BETAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0)
+_STAGES = ("ppo", "a2c", "dpo")
 SMALL_EFFECTIVE_SIZE = 10  # samples a prompt; below it an importance-sampling estimate leans on a handful of them
 
 
@@ -36,6 +40,15 @@ class Judged:
     name: str
     best_of: int | None = None
     folder: Path | None = None
+    trained_for: dict[str, Any] | None = None  # its run's fingerprint, where there is one
+
+    @property
+    def run(self) -> str:
+        """STAGE/RUN of a policy in a folder, else nothing."""
+        return f"{self.folder.parent.name}/{self.folder.name}" if self.folder else ""
+
+
+BEST_OF = (4, 16, 64)
 
 
 def policies_to_judge(recipe: Recipe) -> list[Judged]:
@@ -48,12 +61,10 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
     most = recipe.evaluate.reference_completions
     words = recipe.evaluate.policies
     if words is None:
-        words = [f"best-of-{n}" for n in (4, 16, 64) if n <= most]
-        for stage in ("ppo", "a2c", "dpo"):
-            # `latest` also links to runs that go on or failed
-            finished = (Path(recipe.run.output) / recipe.task / stage).glob("*/summary.json")
-            newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
-            words += [] if newest is None else [f"{stage}={newest.parent}"]
+        words = [f"best-of-{n}" for n in BEST_OF if n <= most]
+        for stage in _STAGES:
+            newest = newest_run(recipe, stage)  # `latest` also links to runs that go on or failed
+            words += [] if newest is None else [f"{stage}={newest}"]
     judged = [Judged("reference")]
     for word in words:
         name, equals, path = word.rpartition("=")
@@ -73,7 +84,8 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
                 raise RecipeError(
                     f"`evaluate.policies`: {word}: neither an adapter (adapter_config.json) nor a full model in it"
                 )
-            judged.append(Judged(name if equals else f"{run.parent.name}/{run.name}", folder=run))
+            name = name if equals else f"{run.parent.name}/{run.name}"
+            judged.append(Judged(name, folder=run, trained_for=recorded_fingerprint(run)))
         else:
             raise RecipeError(
                 f"`evaluate.policies`: {word} is no folder; expected `reference`, `best-of-N` or [NAME=]FOLDER of an adapter "
@@ -86,28 +98,80 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
     return judged
 
 
+def left_out(recipe: Recipe) -> list[str]:
+    """What the default of `evaluate.policies` does not judge, and why, a line each."""
+    if recipe.evaluate.policies is not None:
+        return []
+    most = recipe.evaluate.reference_completions
+    too_many = [f"best-of-{n}" for n in BEST_OF if n > most]
+    lines = [f"left out: {', '.join(too_many)}, as `evaluate.reference_completions` is {most}"] if too_many else []
+    for stage in _STAGES:
+        trials = trials_of(recipe, stage)
+        if trials and newest_run(recipe, stage) is None:
+            lines.append(
+                f"left out: {len(trials)} runs of {stage}, which are trials of sweeps; one is judged by its folder: "
+                f"--evaluate.policies '[{trials[0]}]'"
+            )
+    return lines
+
+
+def trained_for_others(policies: list[Judged], recipe: Recipe) -> list[str]:
+    """Policies that were trained for something else than they are judged by here, a line each.
+
+    Raises:
+        RecipeError: an adapter was trained on another backbone.
+    """
+    ours, lines = fingerprint(recipe, "evaluate"), []
+    for policy in policies:
+        found = differences(policy.trained_for, ours)
+        adapter = policy.folder is not None and (policy.folder / "adapter_config.json").is_file()
+        if adapter and (other := another_backbone(policy.trained_for, ours)):
+            raise RecipeError(f"`evaluate.policies`: {policy.folder}: an adapter trained on {other}")
+        if not adapter:
+            found.pop("backbone", None)  # a model of its own stands on none
+        if of_pairs(policy.trained_for):  # no reward of its own to be taken for this one
+            found.pop("reward", None)
+        if found:
+            lines.append(f"{policy.name} ({policy.run}) was trained for another objective: {'; '.join(found.values())}")
+    derived = [policy.name for policy in policies if (policy.trained_for or {}).get("derived")]
+    if derived:
+        lines.append(
+            f"{', '.join(derived)}: trained before runs recorded what they maximise; what their recipe.resolved.yaml says is "
+            f"taken, with its files as they are now"
+        )
+    return lines
+
+
 @dataclass
 class Optimum:
-    """J* of each prompt [prompts], as far as the samples of `proposal` show it, and their effective sample size."""
+    """J* of each prompt [prompts], as far as the samples of `proposal` show it, and their effective sample size.
+
+    Of few samples it is a bound: the estimate is low on average, and an interval would be of the bound and not of J*.
+    """
 
     objective: Tensor
     effective_sample_size: Tensor
     proposal: str
 
     def to_dict(self) -> dict[str, Any]:
+        size = self.effective_sample_size.mean().item()
         return {
             "objective": self.objective.mean().item(),
-            "effective_sample_size": self.effective_sample_size.mean().item(),
+            "effective_sample_size": size,
+            "bound": size < SMALL_EFFECTIVE_SIZE,
             "proposal": self.proposal,
         }
 
 
-def evaluation_of(judged: dict[str, Completions], policies: list[Judged], recipe: Recipe) -> dict[str, Any]:
+def evaluation_of(
+    judged: dict[str, Completions], policies: list[Judged], recipe: Recipe, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         judged: the completions of the reference and of every policy in a folder, by name.
         policies: what to report, in this order.
+        notes: what a reader should know beside the numbers.
     """
     beta, reference = recipe.objective.beta, judged["reference"]
     for name, completions in judged.items():
@@ -131,6 +195,10 @@ def evaluation_of(judged: dict[str, Completions], policies: list[Judged], recipe
             for policy in policies
         },
         "folders": {policy.name: str(policy.folder) for policy in policies if policy.folder is not None},
+        "runs": {policy.name: policy.run for policy in policies if policy.folder is not None},
+        "judged_by": fingerprint(recipe, "evaluate"),
+        "trained_for": {policy.name: policy.trained_for for policy in policies if policy.folder is not None},
+        "notes": list(notes),
         "frontiers": frontiers(judged),
     }
 
@@ -158,6 +226,8 @@ def measure(policy: Completions, reference: Completions, optimum: Optimum, beta:
         "win_rate": wins(policy.reward, reference.reward).mean(1),
         "length": policy.length.float().mean(1),
     }
+    if len(policy.terms) > 1:
+        by_prompt |= {f"reward_{name}": own.nanmean(1) for name, own in policy.terms.items()}
     if policy.gold is not None and reference.gold is not None:
         by_prompt["gold"] = policy.gold.mean(1)
         by_prompt["gold_win_rate"] = wins(policy.gold, reference.gold).mean(1)
@@ -182,6 +252,10 @@ def measure_best_of_n(reference: Completions, n: int, optimum: Optimum, beta: fl
         "win_rate": (weights * wins(reference.reward, reference.reward)).sum(1),
         "length": (weights * reference.length).sum(1),
     }
+    if len(reference.terms) > 1:
+        for name, own in reference.terms.items():
+            known = weights * ~own.isnan()
+            by_prompt[f"reward_{name}"] = (known * own.nan_to_num()).sum(1) / known.sum(1)
     if reference.gold is not None:
         by_prompt["gold"] = (weights * reference.gold).sum(1)
         by_prompt["gold_win_rate"] = (weights * wins(reference.gold, reference.gold)).sum(1)
@@ -197,7 +271,7 @@ def _with_intervals(by_prompt: dict[str, Tensor], reference: Completions, optimu
     metrics = {}
     for name, values in by_prompt.items():
         low, high = bootstrap_interval(partial(_mean_of, values), prompts)
-        metrics[name] = {"mean": values.mean().item(), "low": low, "high": high}
+        metrics[name] = {"mean": _mean_of(values, torch.arange(prompts)).item(), "low": low, "high": high}
 
     def fraction(draws: Tensor) -> Tensor:
         return fraction_of_optimum(by_prompt["objective"][draws], base[draws], optimum.objective[draws])
@@ -212,7 +286,9 @@ def _with_intervals(by_prompt: dict[str, Tensor], reference: Completions, optimu
 
 
 def _mean_of(values: Tensor, draws: Tensor) -> Tensor:
-    return values[draws].mean(-1)
+    """NaN is a prompt on whose completions a term of the reward has no opinion."""
+    drawn = values[draws]
+    return drawn.nanmean(-1) if values.isnan().any() else drawn.mean(-1)
 
 
 def frontiers(judged: dict[str, Completions]) -> dict[str, list[dict[str, Any]]]:

@@ -2,9 +2,9 @@
 
     accelerate launch scripts/dpo.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
-Trains on `preferences.path`, on the task's own pairs (`preferences.source: task`), or on pairs that it samples first; with
-`dpo.rounds` above 1 it samples anew from the policy before each further round. Leaves adapter, metrics, samples and summary
-in outputs/<task>/dpo/<run>/.
+Trains on `preferences.path` (a folder of scripts/preferences.py, or a .jsonl file of prompt, chosen and rejected), on the
+task's own pairs (`preferences.source: task`), or on pairs that it samples first; with `dpo.rounds` above 1 it samples anew
+from the policy before each further round. Leaves adapter, metrics, samples and summary in outputs/<task>/dpo/<run>/.
 """
 
 from rlhf_recipes.command_line import command
@@ -14,8 +14,6 @@ from rlhf_recipes.recipe import Recipe
 @command("dpo", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from pathlib import Path
-
     from rlhf_recipes import preferences
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import DPOConfig, refuse_unread, refused_by_trl, stage_config
@@ -23,6 +21,8 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.doctor import examine, read_back_policy
     from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, fitting_pairs
     from rlhf_recipes.evaluation import judge_policy, prepare_rewards
+    from rlhf_recipes.look import made_for_others
+    from rlhf_recipes.pairs import pairs_file
     from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
@@ -40,7 +40,7 @@ def main(recipe: Recipe) -> dict:
     examine(roles, held_out, recipe)
     vocabulary = roles.policy.get_input_embeddings().num_embeddings
     if given is not None:
-        pairs = preferences.load_pairs(Path(recipe.path(given)) / preferences.FILE, vocabulary)
+        pairs = preferences.load_pairs(pairs_file(recipe), vocabulary, tokenizer, recipe)
 
     args = stage_config(DPOConfig, recipe, "dpo", **dpo_fields(recipe))
     pairs = None if pairs is None else fitting_pairs(pairs, args)
@@ -51,6 +51,8 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "dpo")
     run.start()
+    for line in made_for_others(recipe, pairs_file(recipe)) if given is not None else ():
+        run.say(line)
     prepare_rewards(roles, task, run)
     first = run.memory.get("round", 0)  # above 0 in a run that goes on
     pairs = None if first else pairs
@@ -59,7 +61,7 @@ def main(recipe: Recipe) -> dict:
             policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
             run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
             preferences.sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
-            pairs = preferences.load_pairs(run.folder / name, vocabulary)
+            pairs = preferences.load_pairs(run.folder / name, vocabulary, tokenizer, recipe)
         run.memory["round"] = number
         trainer = DPOTrainer(args, roles, pairs, fresh=number == 0 and run.checkpoint is None)
         watch(trainer, run)

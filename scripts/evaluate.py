@@ -2,7 +2,8 @@
 
     accelerate launch scripts/evaluate.py [--recipe recipes/imdb] [--section.key value ...] [--dry-run]
 
-By default the reference, best-of-n and the latest run of each policy stage; any others by name:
+By default the reference, best-of-n and the run of each policy stage that finished last, trials of sweeps aside; any others by
+name:
 
     --evaluate.policies '[best-of-16, mine=outputs/imdb/ppo/latest, outputs/imdb/dpo/latest]'
 
@@ -24,13 +25,14 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tables import print_evaluation, print_samples
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
-    from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE, evaluation_of, policies_to_judge
+    from rlhf_recipes.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     section, gold = recipe.evaluate, optional_gold(task)
     held_out = load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
     policies = policies_to_judge(recipe)
+    notes = [*left_out(recipe), *trained_for_others(policies, recipe)]
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
@@ -40,6 +42,8 @@ def main(recipe: Recipe) -> dict:
 
     run = Run.prepare(recipe, "evaluate")
     run.start()
+    for note in notes:
+        run.say(note)
     prepare_rewards(roles, task, run)
     judged, exact = {}, {}
     for policy in policies:
@@ -50,7 +54,7 @@ def main(recipe: Recipe) -> dict:
                 if section.exact:
                     exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)
 
-    evaluation = evaluation_of(judged, policies, recipe) | ({"exact": exact} if exact else {})
+    evaluation = evaluation_of(judged, policies, recipe, notes) | ({"exact": exact} if exact else {})
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
     run.write_lines("samples.jsonl", rows)
@@ -58,7 +62,7 @@ def main(recipe: Recipe) -> dict:
         run.tracker.table("samples", rows)
     if run.main:
         print_samples(rows[: section.samples], list(judged))
-        print_evaluation(evaluation, SMALL_EFFECTIVE_SIZE)
+        print_evaluation(evaluation)
     return run.finish({"prompts": len(prompts), "policies": [policy.name for policy in policies]})
 
 

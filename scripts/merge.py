@@ -14,6 +14,7 @@ from rlhf_recipes.recipe import Recipe
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, pad_left, tokenize_prompts
+    from rlhf_recipes.fingerprint import recorded_fingerprint
     from rlhf_recipes.publish import MODEL, adapter_to_merge, card, merge, upload
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task
@@ -28,7 +29,11 @@ def main(recipe: Recipe) -> dict:
     address = None
     if run.main:
         checked = merge(run, tokenizer, adapter, *queries)
-        (run.folder / MODEL / "README.md").write_text(card(recipe, adapter, checked), encoding="utf-8")
+        text, passed = card(recipe, adapter, checked)
+        (run.folder / MODEL / "README.md").write_text(text, encoding="utf-8")
+        run.record({"policy": recorded_fingerprint(adapter)})
+        for line in passed:
+            run.say(line)
         if recipe.merge.push:
             address = upload(run.folder / MODEL, recipe.merge.push, recipe.merge.private)
         run.say(f"merged: {run.folder / MODEL}" + (f", uploaded to {address}" if address else ""))

@@ -20,7 +20,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.report_data import evaluation_folder, load_report_data
     from rlhf_recipes.runs import Run
 
-    data = load_report_data(evaluation_folder(recipe))
+    data = load_report_data(evaluation_folder(recipe), recipe)
 
     run = Run.prepare(recipe, "report")
     run.start()

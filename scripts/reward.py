@@ -13,6 +13,7 @@ from rlhf_recipes.recipe import Recipe
 @command("reward", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
+    from collections import Counter
     from functools import partial
 
     from trl import RewardConfig
@@ -23,10 +24,13 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.doctor import examine_reward, read_back_reward
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
+    from rlhf_recipes.preflight import memory_warning
     from rlhf_recipes.resumable import RewardTrainer
     from rlhf_recipes.rewards import AdapterReward
     from rlhf_recipes.roles import load_with_new_adapter
     from rlhf_recipes.runs import Run
+    from rlhf_recipes.runtime import say_left_out, warn
+    from rlhf_recipes.tables import print_rows
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
@@ -44,6 +48,11 @@ def main(recipe: Recipe) -> dict:
         trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.try_optimizer()
     examine_reward(trainer, tokenizer, recipe)
+    warn(memory_warning(recipe, "reward", max(train["length"])))
+    if args.max_length is not None:
+        long = sum(length > args.max_length for length in train["length"])
+        how = f"are longer than reward_training.max_length={args.max_length} tokens, left out"
+        say_left_out(long, len(train), "pairs of load_preferences", how)
 
     run = Run.prepare(recipe, "reward")
     run.start()
@@ -55,6 +64,10 @@ def main(recipe: Recipe) -> dict:
     run.save_adapter(model, run.folder / "adapter")
     if run.main:
         read_back_reward(run.folder / "adapter", model, evaluation)
+        words = evaluation["words"] if "words" in evaluation.column_names else []
+        counts = Counter(f"{number} words" for number in words) | Counter(all=len(evaluation))
+        rows = [[name, f"{share:.3f}", str(counts[name])] for name, share in accuracy.items()]
+        print_rows(["held-out pairs", "chosen scores higher", "pairs"], rows, title="pairwise accuracy; chance is 0.5")
     return run.finish({"train_pairs": len(train), "eval_pairs": len(evaluation), "eval_accuracy": accuracy})
 
 

@@ -17,7 +17,7 @@ def main(recipe: Recipe) -> dict:
     from functools import partial
 
     from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, sft_fields, stage_config
+    from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, row_lengths, sft_fields, stage_config
     from rlhf_recipes.data import (
         complete_tokenizer,
         load_tokenizer,
@@ -28,9 +28,12 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.doctor import examine_sft, read_back_backbone
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
+    from rlhf_recipes.preflight import memory_warning
     from rlhf_recipes.resumable import SFTTrainer
     from rlhf_recipes.roles import build_backbone, load_with_new_adapter
     from rlhf_recipes.runs import MODEL, Run
+    from rlhf_recipes.runtime import say_left_out, warn
+    from rlhf_recipes.tables import print_rows
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task = load_task(recipe)
@@ -55,6 +58,13 @@ def main(recipe: Recipe) -> dict:
         trainer.try_optimizer()
     refuse_unread(trainer, recipe, "sft")
     examine_sft(trainer, tokenizer, recipe)
+    lengths, most = row_lengths(trainer.train_dataset), args.max_length
+    warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
+    if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
+        full = int((lengths >= most).sum())
+        say_left_out(
+            full, len(lengths), "rows of load_demonstrations", f"fill sft.max_length={most} tokens, where rows are cut"
+        )
 
     run = Run.prepare(recipe, "sft")
     run.start()
@@ -70,6 +80,8 @@ def main(recipe: Recipe) -> dict:
     if run.main:
         texts = [row["prompt"] + row["completion"] for row in samples]
         read_back_backbone(run.folder / MODEL, model, tokenizer, texts)
+        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title="what it writes")
+    run.say(f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}")
     return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
 
 

@@ -33,7 +33,7 @@ def pairs(tiny, tmp_path_factory):
 def trainer_on(pairs, tiny, roles, tmp_path, **overrides):
     recipe = load_recipe(tiny, {f"dpo.{key}": value for key, value in overrides.items()})
     args = stage_config(DPOConfig, recipe, "dpo", tmp_path, **dpo_fields(recipe))
-    return DPOTrainer(args, roles, load_pairs(pairs / "pairs.jsonl", 300))
+    return DPOTrainer(args, roles, load_pairs(pairs / "pairs.jsonl", 300, roles.tokenizer, load_recipe(tiny)))
 
 
 def test_the_sampled_tokens_reach_the_loss_unchanged(pairs, tiny, roles, tmp_path):

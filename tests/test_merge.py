@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_recipes import publish
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import load_backbone
+from rlhf_recipes.tables import fraction_bound
 from scripts import evaluate, merge, ppo
 
 
@@ -86,6 +87,45 @@ def test_the_card_has_the_numbers_and_the_recipe(tiny, trained):
     assert recipe["ppo"]["total_episodes"] == 48
     assert str(tiny) not in text  # no path of the machine it was made on
     assert "Seed 0, commit " in body
+
+
+def test_the_card_never_has_another_rewards_numbers(tiny, trained, capsys):
+    """A policy of one reward, judged by a sum, then at another beta: the card keeps to its own."""
+    words = ["--recipe", str(tiny), "--run.output", str(trained)]
+    terms = "--reward.terms=[{adapter: checkpoints/reward, read_eos: false}, {function: wordy, weight: 9}]"
+    whole = ["--reward.adapter=null", "--reward.read_eos=true", terms]
+    adapter = f"--merge.adapter={trained}/tiny/ppo/other"
+    ppo.main([*words, "--run.name", "other", "--ppo.learning_rate=3e-2", "--objective.beta=0.07"])
+    judged = f"--evaluate.policies=[mine={trained}/tiny/ppo/other]"
+    evaluate.main([*words, "--run.name", "sum", "--objective.beta=0.07", judged, *whole])
+    evaluate.main([*words, "--run.name", "beta", judged])
+    capsys.readouterr()
+    run(tiny, trained, "neither", adapter)
+    said, text = capsys.readouterr().out, (trained / "tiny/merge/neither/model/README.md").read_text()
+    by_sum = json.loads((trained / "tiny/evaluate/sum/evaluation.json").read_text())["policies"]["mine"]
+    own = json.loads((trained / "tiny/ppo/other/summary.json").read_text())["policy"]
+    assert f"{by_sum['reward']['mean']:.3f}" not in text
+    assert "intervals" not in text
+    assert f"| this policy | {own['reward']:.3f} | {own['gold']:.3f} |" in text  # of its own end
+    assert "to maximise E[r] - 0.07 KL from its backbone, with the reward r = adapter checkpoints/reward," in text
+    assert f"not on the card: {trained}/tiny/evaluate/sum, as this policy was trained for the reward adapter" in said
+    assert f"not on the card: {trained}/tiny/evaluate/beta, as this policy was trained for beta 0.07, and there 0.05" in said
+
+    evaluate.main([*words, "--run.name", "own", "--objective.beta=0.07", judged])
+    evaluate.main([*words, "--run.name", "sum-again", "--objective.beta=0.07", judged, *whole])
+    capsys.readouterr()
+    run(tiny, trained, "newer", adapter)
+    assert "not on the card: " + f"{trained}/tiny/evaluate/sum-again" in capsys.readouterr().out
+    text = (trained / "tiny/merge/newer/model/README.md").read_text()
+    evaluation = json.loads((trained / "tiny/evaluate/own/evaluation.json").read_text())
+    reward, fraction = (evaluation["policies"]["mine"][key] for key in ("reward", "fraction_of_optimum"))
+    assert f"| this policy | {reward['mean']:.3f} ({reward['low']:.3f} to {reward['high']:.3f}) |" in text
+    assert evaluation["optimum"]["bound"]
+    assert fraction_bound(fraction["mean"]) in text
+    assert f"J&#42; &gt;= {evaluation['optimum']['objective']:.3f}, a bound" in text
+
+    evaluate.main([*words, "--run.name", "of-merged", f"--evaluate.policies=[merged={trained}/tiny/merge/newer/model]"])
+    assert "merged (newer/model) was trained for another objective: beta 0.07, and here 0.05" in capsys.readouterr().out
 
 
 def test_pushing_uploads_the_folder_and_a_failure_keeps_it(tiny, trained, monkeypatch, capsys):

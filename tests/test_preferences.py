@@ -1,6 +1,8 @@
 """Pairs: how they are labelled, that their tokens survive, and that a killed run goes on as if nothing had happened."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -91,10 +93,10 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "not json", '{"prompt": "x"}', "[1]"])
-def test_broken_pairs_are_named(content, tmp_path):
+def test_broken_pairs_are_named(content, tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(RecipeError, match=r"pairs\.jsonl"):
-        load_pairs(tmp_path / "pairs.jsonl", 300)
+        load_pairs(tmp_path / "pairs.jsonl", 300, load_tokenizer(load_recipe(tiny)), load_recipe(tiny))
 
 
 def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):
@@ -117,3 +119,85 @@ def test_expected_labels_choose_the_better_and_say_how_likely_it_is_not():
     assert pairs[1]["label_smoothing"] == 0.5
     drawn, _ = label_pairs(prompts(1), judged([[0.0, 1.0]]), "bradley_terry", seed=0)
     assert drawn[0]["label_smoothing"] == 0
+
+
+OWN = [("the film", " was great", " was dull"), ("the plot", " a superb fine film", " awful")] * 100
+
+
+def test_two_hundred_own_pairs_just_train(tiny, tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    rows = [{"prompt": p, "chosen": f"{c}{' great' * (i % 3)}", "rejected": r, "id": i} for i, (p, c, r) in enumerate(OWN)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    summary = run("dpo", tiny, tmp_path, f"--preferences.path={file}")
+    said = capsys.readouterr().out
+    assert summary["policy"]["kl"] != 0
+    steps = [row for row in lines(tmp_path / "outputs/tiny/dpo/it/metrics.jsonl") if "rewards/margins" in row]
+    assert len(steps) == 3 * 200 // 8
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert steps[-1]["rewards/accuracies"] > 0.9
+    cut = r"warning: \d+ of 200 pairs of .*mine.jsonl \(\d+%\) have a completion of more than 6 tokens, cut there"
+    assert re.search(cut, said)
+    about = json.loads((tmp_path / "outputs/tiny/dpo/it/run.json").read_text())
+    [term] = about["fingerprint"]["parts"]["reward"]["terms"]
+    assert (term["kind"], term["path"]) == ("pairs", str(file))
+    capsys.readouterr()
+
+    run("merge", tiny, tmp_path, f"--merge.adapter={tmp_path}/outputs/tiny/dpo/it")
+    card = (tmp_path / "outputs/tiny/merge/it/model/README.md").read_text()
+    assert f"A policy trained by DPO on pairs {str(file).replace('_', '&#95;')}, at beta 0.05, by the recipe" in card
+    assert "Judged by the reward adapter checkpoints/reward, J at beta 0.05." in card
+    run("evaluate", tiny, tmp_path)
+    assert "another objective" not in capsys.readouterr().out  # pairs are no reward to differ from
+    run("merge", tiny, tmp_path, f"--merge.adapter={tmp_path}/outputs/tiny/dpo/it", "--run.name=2")
+    assert "not on the card" not in capsys.readouterr().out
+    assert "95% intervals" in (tmp_path / "outputs/tiny/merge/2/model/README.md").read_text()
+
+
+def test_chat_pairs_and_those_without_a_prompt_become_the_same_tokens(tiny, tmp_path):
+    recipe = load_recipe(tiny)
+    tokenizer = load_tokenizer(recipe)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    turns = (("user", "x"), ("assistant", "ab"), ("assistant", "c"))
+    prompt, good, bad = ([{"role": role, "content": text}] for role, text in turns)
+    files = {
+        "text": {"prompt": prompt, "chosen": "ab", "rejected": "c"},
+        "messages": {"prompt": prompt, "chosen": good, "rejected": bad},
+        "whole": {"chosen": prompt + good, "rejected": prompt + bad},
+    }
+    loaded = []
+    for name, row in files.items():
+        (tmp_path / name).write_text("\ufeff" + json.dumps(row) + "\n")
+        loaded.append(load_pairs(tmp_path / name, 300, tokenizer, recipe)[0])
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert tokenizer.decode(loaded[0]["chosen_ids"]) == "ab</s>"
+
+
+def test_pairs_that_another_reward_labelled_are_said(tiny, tmp_path, capsys):
+    words = ["--reward.adapter=null", "--reward.read_eos=true", "--reward.function=wordy"]
+    run("preferences", tiny, tmp_path, *words)
+    folder = tmp_path / "outputs/tiny/preferences/it"
+    run("dpo", tiny, tmp_path, f"--preferences.path={folder}", "--dpo.max_steps=1")
+    said = capsys.readouterr().out
+    assert "were made with the reward function wordy, and here adapter checkpoints/reward" in said
+    about = json.loads((tmp_path / "outputs/tiny/dpo/it/run.json").read_text())
+    assert about["fingerprint"]["parts"]["reward"]["terms"][0]["path"] == "wordy"  # that is what it maximises
+
+
+def test_what_a_stage_cuts_or_leaves_out_is_counted_and_what_it_learned_shown(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    with (folder / "task.py").open("a") as file:
+        file.write("\n_all = load_preferences\ndef load_preferences(split):\n    rows = list(_all(split))\n"
+                   "    return Dataset.from_list(rows[:47] + [rows[47] | {'chosen': 'great ' * 99}])\n")  # fmt: skip
+    run("reward", folder, tmp_path, "--reward_training.max_length=64")
+    said = capsys.readouterr().out
+    assert "1 of 48 pairs of load_preferences (2%) are longer than reward_training.max_length=64 tokens, left out" in said
+    table = said[said.index("pairwise accuracy; chance is 0.5") :]
+    assert re.search(r"all +│ [01]\.\d{3} +│ 48 ", table)
+    assert re.search(r"8 words +│ [01]\.\d{3} +│ 48 ", table)
+    summary = run("sft", folder, tmp_path, "--sft.max_length=9")
+    said = capsys.readouterr().out
+    assert "warning: 48 of 48 rows of load_demonstrations (100%) fill sft.max_length=9 tokens, where rows are cut" in said
+    assert f"held-out loss {summary['eval_loss']:.3f} nats a token, perplexity {summary['eval_perplexity']:.1f}" in said

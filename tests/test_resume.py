@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from rlhf_recipes import interrupts
 from rlhf_recipes.checkpoints import checkpoints_of, damage, prune, write_checkpoint
-from rlhf_recipes.recipe import StoppedError, load_recipe
+from rlhf_recipes.recipe import RecipeError, StoppedError, load_recipe
 from rlhf_recipes.resumable import Keeper
 from rlhf_recipes.resume import resumed_recipe
 
@@ -319,6 +320,29 @@ def test_a_task_that_has_changed_is_said(tiny, half_done, tmp_path):
     (half_done / "run.json").write_text(json.dumps(about | {"task": "another"}))
     _, notes = resumed_recipe(load_recipe(tiny, {"run.resume": str(half_done)}), "ppo", {})
     assert any("task.py has changed since the run was started" in note for note in notes)
+
+
+def test_weights_that_have_changed_are_refused_and_functions_said(tiny, half_done, tmp_path):
+    recipe, file = load_recipe(tiny, {"run.resume": str(half_done)}), half_done / "run.json"
+    about = json.loads(file.read_text())
+    for part, change in (
+        ("reward", {"content": "another"}),
+        ("backbone", {"content": "another"}),
+    ):
+        parts = json.loads(json.dumps(about["fingerprint"]["parts"]))
+        (parts["reward"]["terms"][0] if part == "reward" else parts[part]).update(change)
+        file.write_text(json.dumps(about | {"fingerprint": {"parts": parts}}))
+        with pytest.raises(RecipeError, match=rf"would go on as another run: the {part} .*\(another\), and now \("):
+            resumed_recipe(recipe, "ppo", {})
+    resolved = half_done / "recipe.resolved.yaml"
+    changed = resolved.read_text().replace("adapter: checkpoints/reward", "adapter: null")
+    changed = changed.replace("read_eos: false", "read_eos: true")
+    resolved.write_text(changed.replace("function: null", "function: wordy"))
+    parts["backbone"] = about["fingerprint"]["parts"]["backbone"]
+    parts["reward"]["terms"] = [{"kind": "function", "path": "wordy", "content": "another", "weight": 1.0}]
+    file.write_text(json.dumps(about | {"fingerprint": {"parts": parts}}))
+    _, notes = resumed_recipe(recipe, "ppo", {})
+    assert any(re.match(r"warning: the reward function wordy.* \(another\), and now \(", note) for note in notes)
 
 
 def test_two_processes_never_write_into_one_run(tiny, tmp_path, half_done, capsys):

@@ -1,13 +1,21 @@
 """The yardstick: what evaluation.json holds and that its numbers are what they are called."""
 
+import html
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf_recipes.evaluation import Completions, distinct_n
-from rlhf_recipes.yardstick import estimate_optimum, frontiers, measure, measure_best_of_n
+from rlhf_recipes.recipe import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.resume import newest_run
+from rlhf_recipes.runs import Run
+from rlhf_recipes.tables import fraction_bound, print_evaluation
+from rlhf_recipes.yardstick import Judged, estimate_optimum, evaluation_of, frontiers, measure, measure_best_of_n
 from tests.test_scripts import lines, run
 
 METRICS = {
@@ -129,3 +137,131 @@ def test_what_cannot_be_judged_is_named(policies, message, tiny, tmp_path, capsy
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+SUM = "--reward.terms=[{adapter: checkpoints/reward, read_eos: false}, {function: wordy, weight: 0.5}]"
+NO_ADAPTER = ["--reward.adapter=null", "--reward.read_eos=true"]  # their place is in the terms
+
+
+def test_the_terms_of_a_sum_are_measured_separately():
+    beta, reference, policy = 0.5, made_up(0), made_up(1, shift=1.0, kl=0.8)
+    for completions in (reference, policy):
+        completions.terms = {"a": completions.reward - 1, "b": completions.gold.clone()}
+        completions.terms["b"][0] = torch.nan  # no opinion on any completion of the first prompt
+        completions.terms["b"][1, 0] = torch.nan
+    optimum = estimate_optimum({"reference": reference, "policy": policy}, beta)
+    metrics = measure(policy, reference, optimum, beta)
+    assert set(metrics) == METRICS | {"reward_a", "reward_b"}
+    assert metrics["reward_a"]["mean"] == pytest.approx(metrics["reward"]["mean"] - 1, abs=1e-5)
+    known = policy.terms["b"][1:].nanmean(1)
+    assert metrics["reward_b"]["mean"] == pytest.approx(known.mean().item(), abs=1e-6)
+    assert metrics["reward_b"]["low"] < metrics["reward_b"]["mean"] < metrics["reward_b"]["high"]
+    one, all_ = (measure_best_of_n(reference, n, optimum, beta) for n in (1, 8))
+    assert one["reward_b"]["mean"] == pytest.approx(reference.terms["b"][1:].nanmean(1).mean().item(), abs=1e-5)
+    best = reference.reward.argmax(1)
+    assert all_["reward_a"]["mean"] == pytest.approx(reference.terms["a"][torch.arange(40), best].mean().item(), abs=1e-5)
+
+
+def test_an_optimum_of_few_samples_is_printed_as_a_bound_without_intervals(capsys):
+    reference, policy = made_up(0, k=32), made_up(1, k=32, shift=1.0, kl=0.8)
+    recipe = load_recipe(DEFAULT_RECIPE)
+    policies = [Judged("reference"), Judged("mine", folder=Path("outputs/imdb/ppo/the-run"))]
+    for beta, bound in ((5.0, False), (0.05, True)):
+        judged_at = load_recipe(DEFAULT_RECIPE, {"objective.beta": beta})
+        evaluation = evaluation_of({"reference": reference, "mine": policy}, policies, judged_at)
+        assert evaluation["optimum"]["bound"] == bound
+        assert (evaluation["optimum"]["effective_sample_size"] < 10) == bound
+        print_evaluation(evaluation)
+        said = capsys.readouterr().out
+        objective = evaluation["optimum"]["objective"]
+        assert (f"J* >= {objective:.3f}, a bound from samples of" in said) == bound
+        assert (f"J* is about {objective:.3f}, from samples of" in said) != bound
+        assert ("at most" in said) == bound
+        assert "ppo/the-run" in said
+        assert "judged by adapter checkpoints/reward" in " ".join(said.split())
+    assert recipe.objective.beta not in (5.0, 0.05)
+    assert [fraction_bound(x) for x in (0.5, 0.0, -0.5)] == ["at most 0.500", "0.000", "at least -0.500"]
+
+
+def test_an_evaluation_says_by_what_it_judged_and_what_each_policy_was_trained_for(tiny, tmp_path, capsys):
+    run("ppo", tiny, tmp_path)
+    run("evaluate", tiny, tmp_path, "--run.name=own")
+    said = capsys.readouterr().out
+    assert "left out: best-of-16, best-of-64, as `evaluate.reference_completions` is 4" in said
+    assert "trained for" not in said
+    run("evaluate", tiny, tmp_path, "--run.name=sum", SUM, *NO_ADAPTER, "--objective.beta=0.2")
+    said = capsys.readouterr().out
+    line = ("ppo (ppo/it) was trained for another objective: the reward adapter checkpoints/reward, and here adapter "
+            "checkpoints/reward + 0.5 x function wordy; beta 0.05, and here 0.2")  # fmt: skip
+    assert said.count(line) == 2  # before the work, and below the table
+    own, other = (json.loads((tmp_path / f"outputs/tiny/evaluate/{n}/evaluation.json").read_text()) for n in ("own", "sum"))
+    assert own["runs"] == other["runs"] == {"ppo": "ppo/it"}
+    assert own["trained_for"]["ppo"] == json.loads((tmp_path / "outputs/tiny/ppo/it/run.json").read_text())["fingerprint"]
+    assert own["judged_by"]["hash"] == own["trained_for"]["ppo"]["hash"] != other["judged_by"]["hash"]
+    assert line in other["notes"]
+    assert {"reward_reward", "reward_wordy"} <= other["policies"]["ppo"].keys() & other["policies"]["best-of-4"].keys()
+    assert "reward_wordy" in said
+
+    summary = run("report", tiny, tmp_path)  # of the latest, which judged by the sum
+    report = html.unescape((tmp_path / "outputs/tiny/report/it/report.md").read_text())
+    assert Path(summary["evaluation"]).name == "sum"
+    assert "judged by adapter checkpoints/reward + 0.5 x function wordy" in report
+    assert line in report
+    assert "This evaluation was made for the reward adapter checkpoints/reward + 0.5 x function wordy, and the recipe" in report
+    assert "| reward_wordy |" in report
+    page = html.unescape((tmp_path / "outputs/tiny/report/it/report.html").read_text())
+    assert line in page
+    assert "<small>ppo/it</small>" in page
+
+
+def test_an_adapter_of_another_backbone_is_refused_and_an_older_run_said_once(tiny, tmp_path, capsys):
+    run("ppo", tiny, tmp_path)
+    folder = tmp_path / "outputs/tiny/ppo/it"
+    other = shutil.copytree(tiny / "checkpoints/backbone", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: 1.01 * weights[name]}, other / "model.safetensors", metadata={"format": "pt"})
+    for stage in ("evaluate", "merge"):
+        with pytest.raises(SystemExit) as stop:
+            run(stage, tiny, tmp_path, f"--model.path={other}")
+        assert stop.value.code == 2
+        assert "an adapter trained on the backbone checkpoints/backbone, and here" in capsys.readouterr().err
+        assert not (tmp_path / "outputs/tiny" / stage).exists()
+    about = json.loads((folder / "run.json").read_text())
+    del about["fingerprint"], about["trial"]
+    (folder / "run.json").write_text(json.dumps(about))
+    run("evaluate", tiny, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("ppo: trained before runs recorded what they maximise") == 2
+    assert "another objective" not in said
+
+
+def test_trials_of_sweeps_get_no_latest_and_are_judged_and_merged_by_name_alone(tiny, tmp_path, capsys):
+    run("ppo", tiny, tmp_path, "--run.name=beta-trial-0", "--run.trial=true")
+    folder = tmp_path / "outputs/tiny/ppo"
+    assert {path.name for path in folder.iterdir()} == {"beta-trial-0"}
+    run("evaluate", tiny, tmp_path, "--run.name=none")
+    said = capsys.readouterr().out
+    assert "left out: 1 runs of ppo, which are trials of sweeps; one is judged by its folder: --evaluate.policies" in said
+    assert "ppo" not in json.loads((tmp_path / "outputs/tiny/evaluate/none/evaluation.json").read_text())["policies"]
+    with pytest.raises(SystemExit):
+        run("merge", tiny, tmp_path)
+    assert f"there are 1 trials of sweeps, such as {folder}/beta-trial-0" in capsys.readouterr().err
+    run("ppo", tiny, tmp_path, "--run.name=mine")
+    run("ppo", tiny, tmp_path, "--run.name=beta-trial-1", "--run.trial=true")
+    about = json.loads((folder / "beta-trial-1/run.json").read_text())
+    del about["trial"]  # as in an older one
+    (folder / "beta-trial-1/run.json").write_text(json.dumps(about))
+    assert (folder / "latest").resolve().name == "mine"
+    assert newest_run(load_recipe(tiny, {"run.output": str(tmp_path / "outputs")}), "ppo").name == "mine"
+    assert run("merge", tiny, tmp_path)["adapter"] == str(folder / "mine")
+    run("evaluate", tiny, tmp_path, f"--evaluate.policies=[{folder}/beta-trial-0]")
+    assert "ppo/beta-trial-0" in json.loads((tmp_path / "outputs/tiny/evaluate/it/evaluation.json").read_text())["policies"]
+
+
+def test_wandbs_agent_makes_trials_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    made = Run.prepare(load_recipe(tiny, {"run.output": str(tmp_path), "run.name": "it"}), "ppo")
+    made.start()
+    assert json.loads((made.folder / "run.json").read_text())["trial"] is True
+    assert not (made.folder.parent / "latest").exists()
