@@ -1,16 +1,24 @@
 """Text to token ids: tokenizers, and the datasets each stage trains on."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
+_MAY_BE_ABSENT = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -36,20 +44,45 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Gives a tokenizer the pad token and the chat template of the recipe, where it has them.
+    """Gives a tokenizer the pad and eos token and the chat template of the recipe, where it has them.
 
     Raises:
         RecipeError: the vocabulary has no such token. A new one would need a new row of the embedding.
     """
-    pad, template = recipe.model.pad_token, recipe.model.chat_template
-    if pad is not None:
+    for name in ("pad_token", "eos_token"):
+        token = getattr(recipe.model, name)
+        if token is None:
+            continue
         vocabulary = tokenizer.get_vocab()
-        if pad not in vocabulary:
-            near = nearest(pad, vocabulary)
-            raise RecipeError(f"`model.pad_token` {pad!r}: not in the vocabulary of {recipe.model.path}{near}")
-        tokenizer.pad_token = pad
-    if template is not None:
-        tokenizer.chat_template = (recipe.folder / template).read_text(encoding="utf-8")
+        if token not in vocabulary:
+            near = nearest(token, vocabulary)
+            raise RecipeError(f"`model.{name}` {token!r}: not in the vocabulary of {recipe.model.path}{near}")
+        setattr(tokenizer, name, token)
+    if recipe.model.chat_template is not None:
+        tokenizer.chat_template = (recipe.folder / recipe.model.chat_template).read_text(encoding="utf-8")
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
+    """The tokens at any of which a completion of the model in `folder` ends: the tokenizer's eos first, then those of
+    generation_config.json and config.json, each once and only those of the vocabulary.
+
+    Llama 3, Qwen 3, Gemma and Phi name several: the end of a turn and the end of a text.
+
+    Args:
+        folder: as `from_pretrained` takes it, also a Hub id.
+
+    Raises:
+        RecipeError: one of the files is not what it should be.
+    """
+    said: list[Any] = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        with loading(f"{folder}: {name}", "cannot be read"):
+            file = cached_file(str(folder), name, **_MAY_BE_ABSENT)
+            config = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+            for part in (config, config.get("text_config") or {}):  # nested in models that also read images
+                ids = part.get("eos_token_id")
+                said += ids if isinstance(ids, list) else [ids]
+    return [token for token in dict.fromkeys(said) if isinstance(token, int) and 0 <= token < len(tokenizer)]
 
 
 @contextmanager

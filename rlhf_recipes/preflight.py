@@ -411,10 +411,13 @@ def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None
 
 def _check_pad(recipe: Recipe) -> None:
     config = _local_json(recipe, "tokenizer_config.json")
+    if config and "added_tokens_decoder" not in config:  # as older ones are read
+        config |= _local_json(recipe, "special_tokens_map.json")
     template = recipe.model.chat_template
     if template is not None and not (recipe.folder / template).is_file():
         raise RecipeError(f"`model.chat_template` {template}: no such file beside the recipe ({recipe.folder})")
-    pad, eos = recipe.model.pad_token or config.get("pad_token"), config.get("eos_token")
+    own = {name: token["content"] if isinstance(token, dict) and "content" in token else token for name, token in config.items()}
+    pad, eos = (getattr(recipe.model, name) or own.get(name) for name in ("pad_token", "eos_token"))
     if config and (pad is None or pad == eos):
         raise RecipeError(
             f"the tokenizer of `model.path` {recipe.model.path} has the pad token {pad!r} and the eos token {eos!r}; "

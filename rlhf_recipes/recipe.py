@@ -69,6 +69,10 @@ class ModelSection:
     pad_token: str | None = _key(
         "a token of the vocabulary to pad with, where the tokenizer has none, or its eos, as Pythia's and Llama's have", None
     )
+    eos_token: str | None = _key(
+        "the token that ends a text or an answer, where it is not the tokenizer's own: <end_of_turn> of Gemma, <|end|> of Phi-3",
+        None,
+    )
     chat_template: str | None = _key("a Jinja file relative to the recipe, in place of the tokenizer's own template", None)
     save_dtype: Literal["float32", "bfloat16", "float16"] = _key("in which scripts/sft.py writes a backbone", "float32")
     architecture: dict[str, Any] | None = _key(
