@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,21 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
             f"tokenizer"
         )
     return ids[: ids.index(eos) + 1]
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[int]]) -> list[str]:
+    """The texts of completions without special tokens: each is what it adds to the text of its prompt.
+
+    Decoded by itself, a completion of a SentencePiece tokenizer loses the space before its first word.
+
+    Args:
+        prompts, completions: rows of token ids without padding; a completion may have its end.
+    """
+    eos = tokenizer.eos_token_id  # `model.eos_token` may be none of the tokenizer's special tokens
+    rows = [y[:-1] if y and y[-1] == eos else y for y in completions]
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, rows, strict=True)], skip_special_tokens=True)
+    return [text[len(commonprefix([start, text])) :] for start, text in zip(before, whole, strict=True)]
 
 
 def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int) -> tuple[list[list[int]], int]:

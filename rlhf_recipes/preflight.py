@@ -416,7 +416,9 @@ def _check_pad(recipe: Recipe) -> None:
     template = recipe.model.chat_template
     if template is not None and not (recipe.folder / template).is_file():
         raise RecipeError(f"`model.chat_template` {template}: no such file beside the recipe ({recipe.folder})")
-    own = {name: token["content"] if isinstance(token, dict) and "content" in token else token for name, token in config.items()}
+    own = {
+        name: token["content"] if isinstance(token, dict) and "content" in token else token for name, token in config.items()
+    }
     pad, eos = (getattr(recipe.model, name) or own.get(name) for name in ("pad_token", "eos_token"))
     if config and (pad is None or pad == eos):
         raise RecipeError(

@@ -1,12 +1,59 @@
 """Ends of text, special tokens, and text against token ids, on tokenizers as users bring them."""
 
 import json
+import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from rlhf_recipes.data import end_token_ids, load_tokenizer
+from rlhf_recipes.data import decode_completions, end_token_ids, load_tokenizer
 from rlhf_recipes.preflight import check
 from rlhf_recipes.recipe import RecipeError, load_recipe
+
+
+SPACE = "\u2581"
+
+
+def with_spaces(kind: str) -> PreTrainedTokenizerFast:
+    """Letters, and letters after a space, which is put before a text: as Llama-2's ("prepend") and Mistral's newer
+    tokenizers ("metaspace") do it."""
+    letters = SPACE + "abcdefghijklmnopqrstuvwxyz?:,.!'\n"
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *letters, *(SPACE + c for c in letters[1:27])])}
+    made = Tokenizer(models.BPE(words, [(SPACE, c) for c in letters[1:27]], unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if kind == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+        made.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="first")
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", padding_side="left"
+    )
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_a_completions_text_is_what_it_adds_to_the_prompts(kind):
+    tokenizer = with_spaces(kind)
+    prompt, whole = (tokenizer(text)["input_ids"] for text in ("the movie was", "the movie was great fun"))
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.decode(whole[len(prompt) :]) == "great fun"  # by itself
+    ended = [*whole[len(prompt) :], tokenizer.eos_token_id]
+    texts = decode_completions(tokenizer, [prompt, prompt, prompt, [1]], [ended, ended[:-1], [], whole[1:]])
+    assert texts == [" great fun", " great fun", "", "the movie was great fun"]
+
+
+def test_completions_of_bytes_decode_as_they_do_by_themselves(tiny):
+    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)
+    prompts = [tokenizer(text)["input_ids"] for text in ("the film ", "", "caf\u00e9", "\u65e5\u672c", "x  ")] * 40
+    completions = [draw.choices(range(len(tokenizer)), k=draw.randrange(9)) for _ in prompts]  # also broken UTF-8
+    alone = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
+    assert decode_completions(tokenizer, prompts, completions) == alone
+    assert sum("\ufffd" in text for text in alone) > 20
+    tokenizer.eos_token = "g"  # a token that `decode` does not skip
+    end = tokenizer.eos_token_id
+    assert decode_completions(tokenizer, [[1, end]], [[end, end]]) == ["g"]
 
 
 def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
@@ -25,11 +72,11 @@ def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
 
 def test_the_recipe_names_the_end(tiny):
     overrides = {"model.eos_token": "great", "evaluate.prompts": 8}
-    with pytest.raises(RecipeError, match="`model.eos_token` '<s/>': not in the vocabulary of .*did you mean `</?s>`"):
+    with pytest.raises(RecipeError, match=r"`model.eos_token` '<s/>': not in the vocabulary of .*did you mean `</?s>`"):
         load_tokenizer(load_recipe(tiny, {"model.eos_token": "<s/>"}))
     tokenizer = load_tokenizer(load_recipe(tiny))
     word = next(word for word in tokenizer.get_vocab() if len(word) > 3 and word.isalpha())
     renamed = load_tokenizer(load_recipe(tiny, overrides | {"model.eos_token": word}))
     assert renamed.eos_token_id == tokenizer.get_vocab()[word]
-    with pytest.raises(RecipeError, match="the pad token '<pad>' and the eos token '<pad>'; pad must exist and differ"):
+    with pytest.raises(RecipeError, match=r"the pad token '<pad>' and the eos token '<pad>'; pad must exist and differ"):
         check(load_recipe(tiny, {"model.eos_token": "<pad>"}), "ppo")
