@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_prompt, prompt_text, tokenize_prompts
+from rlhf_recipes.data import decode_completions, prompt_ids, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async
@@ -247,15 +247,18 @@ def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: types.ModuleType, recipe: Recipe
 ) -> list[dict[str, str]]:
     """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
-    prompts = [""]
+    rows = Dataset.from_dict({"prompt": [""]})
     if hasattr(task, "load_prompts"):
-        prompts = load_dataset(task, "load_prompts", "eval")[: recipe.evaluate.samples]["prompt"]
-    ids = {"input_ids": [encode_prompt(tokenizer, prompt) for prompt in prompts]}
-    queries = tokenizer.pad(ids, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
+        rows = load_dataset(task, "load_prompts", "eval")
+        rows = rows.select(range(min(recipe.evaluate.samples, len(rows))))
+    nothing = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    ids = [row or nothing for row in prompt_ids(rows, tokenizer)]
+    prompts = rows["prompt"][:] if "prompt" in rows.column_names else tokenizer.batch_decode(ids, skip_special_tokens=True)
+    queries = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")["input_ids"].to(model.device)
     torch.manual_seed(recipe.run.seed)
     length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
     sequences, _ = sample_completions(model, queries, tokenizer, length, temperature)
-    texts = tokenizer.batch_decode(sequences[:, queries.shape[1] :], skip_special_tokens=True)
+    texts = decode_completions(tokenizer, ids, sequences[:, queries.shape[1] :].tolist())
     return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 

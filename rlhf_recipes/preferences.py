@@ -5,6 +5,7 @@ probabilities of the very tokens.
 """
 
 import json
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_completion, encode_prompt
+from rlhf_recipes.data import encode_pair, end_token_ids, row_of, template_of, warn_of_doubled_tokens
 from rlhf_recipes.evaluation import Completions, complete
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Reference, Roles
@@ -184,20 +185,35 @@ def sample_of(pairs: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Data
 
 def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
     """Pairs as a person made them to the same token ids; a completion is cut at `data.max_completion_tokens`."""
-    limit = recipe.data.max_completion_tokens
+    limit, longest = recipe.data.max_completion_tokens, recipe.data.max_prompt_tokens
+    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
+    warn_of_doubled_tokens(pairs, tokenizer, "load_preferences")
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        completions = {
-            f"{side}_ids": encode_completion(tokenizer, prompt, row[side])[:limit] for side in ("chosen", "rejected")
+    def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
+        ids = {}
+        with row_of("load_preferences", number):
+            for side in ("chosen", "rejected"):
+                ids[side] = encode_pair(tokenizer, row["prompt"], row[side], ends, **template_of(row))
+        (prompt, chosen), (other, rejected) = ids["chosen"], ids["rejected"]
+        shared = len(commonprefix([prompt, other]))  # a template may write more before the one answer than before the other
+        chosen, rejected = prompt[shared:] + chosen, other[shared:] + rejected
+        return {
+            "prompt_ids": prompt[:shared],
+            "chosen_ids": chosen[:limit],
+            "rejected_ids": rejected[:limit],
+            "label_smoothing": 0.0,
+            "cut": max(len(chosen), len(rejected)) > limit,
         }
-        return {"prompt_ids": encode_prompt(tokenizer, prompt), **completions, "label_smoothing": 0.0}
 
-    tokenized = pairs.map(tokenize, remove_columns=pairs.column_names, desc="Tokenizing pairs")
-    longest = recipe.data.max_prompt_tokens
+    tokenized = pairs.map(tokenize, with_indices=True, remove_columns=pairs.column_names, desc="Tokenizing pairs")
     kept = tokenized.filter(lambda row: len(row["prompt_ids"]) <= longest and row["chosen_ids"] != row["rejected_ids"])
     if len(kept) == 0:
-        raise RecipeError(f"none of the {len(pairs)} pairs of load_preferences has a prompt of at most {longest} tokens")
+        raise RecipeError(
+            f"none of the {len(pairs)} pairs of load_preferences has a prompt of at most {longest} tokens and two completions "
+            f"that differ in their first {limit}; raise `data.max_prompt_tokens` or `data.max_completion_tokens`"
+        )
     if len(kept) < len(pairs):
         print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are identical or longer than data.max_prompt_tokens, left out")
-    return kept
+    if cut := sum(kept["cut"]):
+        print(f"{cut} of {len(kept)} pairs have a completion longer than data.max_completion_tokens={limit}, cut there")
+    return kept.remove_columns("cut")

@@ -362,9 +362,24 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     if not isinstance(label, int) or label not in labels:
         named = ", ".join(f"{index} ({name})" for index, name in labels.items())
         raise RecipeError(f"{where}: `label` {spec.label!r} is none of its labels: {named}")
-    longest = min(spec.max_length or tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
+    longest = min(spec.max_length or tokenizer.model_max_length, _readable_tokens(model))
+    own = tokenizer.num_special_tokens_to_add(pair=spec.pair)
+    if longest <= own:
+        raise RecipeError(f"{where}: reads {longest} tokens, of which {own} are its tokenizer's own; raise `max_length`")
     model = model.requires_grad_(False).eval().to(PartialState().device)
-    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair)
+    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair, where)
+
+
+def _readable_tokens(model: PreTrainedModel) -> int:
+    """How many tokens a model reads: the rows of its table of positions, less those that RoBERTa and its kin leave free up to
+    the padding's and BART's and OPT's up to an offset; without a table what the config says, or any number."""
+    rows = [
+        module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+    ]
+    said = getattr(model.config, "max_position_embeddings", None)
+    return min([*rows, *([said] if isinstance(said, int) and said > 0 and not rows else []), 2**30])
 
 
 def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:

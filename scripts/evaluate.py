@@ -27,9 +27,9 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE, evaluation_of, policies_to_judge
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
-    section, gold = recipe.evaluate, optional_gold(task)
-    held_out = load_dataset(task, "load_prompts", "eval")
+    section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
+    gold = optional_gold(task, prompts)
     policies = policies_to_judge(recipe)
 
     roles = build_roles(recipe, tokenizer)

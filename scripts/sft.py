@@ -18,7 +18,14 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, refused_by_trl, sft_fields, stage_config
-    from rlhf_recipes.data import complete_tokenizer, load_tokenizer, texts_of, tokenize_demonstrations, train_tokenizer
+    from rlhf_recipes.data import (
+        complete_tokenizer,
+        end_token_ids,
+        load_tokenizer,
+        texts_of,
+        tokenize_demonstrations,
+        train_tokenizer,
+    )
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import sample_texts
     from rlhf_recipes.resumable import SFTTrainer
@@ -33,12 +40,15 @@ def main(recipe: Recipe) -> dict:
     if from_scratch:
         tokenizer = train_tokenizer(texts_of(train), recipe.model.architecture["vocab_size"])
         complete_tokenizer(tokenizer, recipe)
+        ends = [tokenizer.eos_token_id]
         build = partial(build_backbone, recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(recipe)
+        ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
     sft_keys = sft_fields(train)
-    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
+    by_trl = any(recipe.stages["sft"].get(key) for key in ("assistant_only_loss", "chat_template_path"))
+    train, evaluation = (tokenize_demonstrations(dataset, tokenizer, ends, by_trl) for dataset in (train, evaluation))
     model = build()
 
     args = stage_config(SFTConfig, recipe, "sft", **sft_keys)

@@ -107,7 +107,10 @@ def test_a_template_that_samples_cannot_follow_is_refused(chat):
     tokenizer.chat_template = TEMPLATE.replace("</s>", "#")
     with pytest.raises(RecipeError, match="not with the tokenizer's eos token '</s>'"):
         encode_completion(tokenizer, prompt, "great")
-    tokenizer.chat_template = TEMPLATE.replace("a:{% endif %}", "a: <think>{% endif %}")
+    tokenizer.chat_template = TEMPLATE.replace("a:{% endif %}", "a: <think>{% endif %}")  # as Qwen 3.5's
+    assert tokenizer.decode(encode_completion(tokenizer, prompt, "great")) == "great</s>"
+    tokenizer.chat_template = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    prompt = [{"role": "user", "content": "one"}, *prompt]
     with pytest.raises(RecipeError, match="writes a prompt differently once an answer follows"):
         encode_completion(tokenizer, prompt, "great")
     tokenizer.chat_template = None

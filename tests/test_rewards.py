@@ -48,7 +48,7 @@ def test_a_function_gets_text_and_the_datasets_columns(tokenizer):
     def reward(prompts, completions, stars, **columns):
         assert prompts == PROMPTS
         assert completions == TEXTS
-        assert not columns
+        assert set(columns) == {"completion_ids"}  # as TRL's GRPO gives it
         return [len(c) + 10 * s for c, s in zip(completions, stars, strict=True)]
 
     scores = by_function(reward)(samples_of(tokenizer, stars=[1, 2, 3]))
