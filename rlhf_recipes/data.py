@@ -4,9 +4,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def encode_pair(
         return before, ids if ids and ids[-1] in ends else [*ids, eos]  # as TRL's SFT: text may have its end already
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     whole = _apply_template(tokenizer, answered(prompt, answer), **template)
-    start = len(commonprefix([before, whole]))
+    start = common_length(before, whole)
     if start < len(before):
         conversation = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
         fixed = _apply_template(tokenizer, conversation, **template)
@@ -312,7 +311,13 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, prompts: list[list[in
     rows = [y[:-1] if y and y[-1] == eos else y for y in completions]
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, rows, strict=True)], skip_special_tokens=True)
-    return [text[len(commonprefix([start, text])) :] for start, text in zip(before, whole, strict=True)]
+    return [text[common_length(start, text) :] for start, text in zip(before, whole, strict=True)]
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements two sequences begin with together."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int) -> tuple[list[list[int]], int]:

@@ -5,7 +5,6 @@ probabilities of the very tokens.
 """
 
 import json
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_pair, end_token_ids, row_of, template_of, warn_of_doubled_tokens
+from rlhf_recipes.data import common_length, encode_pair, end_token_ids, row_of, template_of, warn_of_doubled_tokens
 from rlhf_recipes.evaluation import Completions, complete
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.roles import Reference, Roles
@@ -195,7 +194,7 @@ def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, rec
             for side in ("chosen", "rejected"):
                 ids[side] = encode_pair(tokenizer, row["prompt"], row[side], ends, **template_of(row))
         (prompt, chosen), (other, rejected) = ids["chosen"], ids["rejected"]
-        shared = len(commonprefix([prompt, other]))  # a template may write more before the one answer than before the other
+        shared = common_length(prompt, other)  # a template may write more before the one answer than before the other
         chosen, rejected = prompt[shared:] + chosen, other[shared:] + rejected
         return {
             "prompt_ids": prompt[:shared],

@@ -28,6 +28,7 @@ from rlhf_recipes.recipe import RecipeError
 from rlhf_recipes.tasks import reward_arguments
 
 T = TypeVar("T")
+NO_TEMPLATE = "use a model that has one, or prompts of text"
 
 
 @dataclass
@@ -221,7 +222,7 @@ class ModelReward(nn.Module):
 
     def _render(self, prompt: Any, text: str, template: dict[str, Any]) -> str:
         chat = answered(prompt, [{"role": "assistant", "content": text}])
-        return render(self.tokenizer, chat, self.title, "use one that has, or prompts of text", tokenize=False, **template)
+        return render(self.tokenizer, chat, self.title, NO_TEMPLATE, tokenize=False, **template)
 
     def _pair(self, prompt: str, text: str):
         """The two segments, cut as one text is: the prompt loses its beginning, and where that is not enough all of it, and the

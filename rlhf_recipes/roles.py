@@ -350,10 +350,7 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     dtype, trusted = getattr(torch, recipe.model.dtype), spec.trust_remote_code
     with loading(where, switch="reward.trust_remote_code"), safetensors_only():
         model = _pretrained(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trusted)
-        sides = {"truncation_side": "left", "padding_side": "right"}  # right suits any model
-        tokenizer = AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=trusted)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_reward_tokenizer(recipe, spec)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     labels = dict(model.config.id2label)
@@ -368,6 +365,24 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
         raise RecipeError(f"{where}: reads {longest} tokens, of which {own} are its tokenizer's own; raise `max_length`")
     model = model.requires_grad_(False).eval().to(PartialState().device)
     return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair, where)
+
+
+def load_reward_tokenizer(recipe: Recipe, spec: RewardTerm) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward `model`.
+
+    Raises:
+        RecipeError: it cannot be loaded, or has no token to pad with.
+    """
+    where, sides = f"the reward's `model` {spec.model}", {"truncation_side": "left", "padding_side": "right"}  # right suits any
+    with loading(where, switch="reward.trust_remote_code"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.path(str(spec.model)), **sides, trust_remote_code=spec.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"{where}: its tokenizer has neither a pad nor an eos token; name one in its tokenizer_config.json")
+    return tokenizer
 
 
 def _readable_tokens(model: PreTrainedModel) -> int:

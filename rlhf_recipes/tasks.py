@@ -133,7 +133,7 @@ def _in_trls_form(dataset: Dataset, where: str) -> Dataset:
                 for message in row[name] if isinstance(row.get(name), list) else ():
                     message["role"] = _ROLES.get(message["role"], message["role"])
             row |= maybe_extract_prompt(row) if implicit else {}
-        except Exception as error:  # noqa: BLE001 - TRL expects rows in order
+        except Exception as error:  # TRL expects rows in order
             raise RecipeError(
                 f"{where}: row {number} has no messages of `role` and `content`, or its `chosen` and `rejected` no prompt in "
                 f"common ({type(error).__name__}: {error})"
@@ -229,17 +229,17 @@ def reward_arguments(function: Callable[..., Any], given: dict[str, Any]) -> tup
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     arguments: list[Any] = []
-    if not {p.name for p in named} & {*_GIVEN} and not {p.name for p in by_position[:2]} & given.keys():
-        if len(by_position) >= 2 or (not takes_all and any(p.kind is p.VAR_POSITIONAL for p in parameters)):
-            arguments = [given["prompts"], given["completions"]]
-            given = {name: value for name, value in given.items() if name not in _GIVEN}
+    two = len(by_position) >= 2 or (not takes_all and any(p.kind is p.VAR_POSITIONAL for p in parameters))
+    if two and not {p.name for p in named} & {*_GIVEN} and not {p.name for p in by_position[:2]} & given.keys():
+        arguments = [given["prompts"], given["completions"]]
+        given = {name: value for name, value in given.items() if name not in _GIVEN}
     missing = [p.name for p in named if p.default is p.empty and p.name not in given and p not in by_position[: len(arguments)]]
     if missing:
         columns = ", ".join(name for name in given if name not in (*_GIVEN, "prompt", "input_ids")) or "none"
         raise RecipeError(
-            f"the reward function `{getattr(function, '__name__', function)}` has the parameter `{missing[0]}`, which is neither "
-            f"`prompts`, `completions` or `completion_ids` nor another column of load_prompts ({columns}); rename it, or give it "
-            f"a default"
+            f"the reward function `{getattr(function, '__name__', function)}` has the parameter `{missing[0]}`, which is "
+            f"neither `prompts`, `completions` or `completion_ids` nor another column of load_prompts ({columns}); rename "
+            f"it, or give it a default"
         )
     names = given.keys() if takes_all else given.keys() & {p.name for p in named}
     return arguments, {name: value for name, value in given.items() if name in names}

@@ -11,7 +11,6 @@ from rlhf_recipes.data import decode_completions, end_token_ids, load_tokenizer
 from rlhf_recipes.preflight import check
 from rlhf_recipes.recipe import RecipeError, load_recipe
 
-
 SPACE = "\u2581"
 
 
@@ -20,7 +19,7 @@ def with_spaces(kind: str) -> PreTrainedTokenizerFast:
     tokenizers ("metaspace") do it."""
     letters = SPACE + "abcdefghijklmnopqrstuvwxyz?:,.!'\n"
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *letters, *(SPACE + c for c in letters[1:27])])}
-    made = Tokenizer(models.BPE(words, [(SPACE, c) for c in letters[1:27]], unk_token="<unk>"))
+    made = Tokenizer(models.BPE(words, [(SPACE, c) for c in letters[1:27]], unk_token="<unk>"))  # noqa: S106
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     if kind == "prepend":
         made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -28,9 +27,8 @@ def with_spaces(kind: str) -> PreTrainedTokenizerFast:
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
         made.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="first")
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", padding_side="left"
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
 
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace"])
@@ -45,13 +43,13 @@ def test_a_completions_text_is_what_it_adds_to_the_prompts(kind):
 
 
 def test_completions_of_bytes_decode_as_they_do_by_themselves(tiny):
-    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)
+    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)  # noqa: S311
     prompts = [tokenizer(text)["input_ids"] for text in ("the film ", "", "caf\u00e9", "\u65e5\u672c", "x  ")] * 40
     completions = [draw.choices(range(len(tokenizer)), k=draw.randrange(9)) for _ in prompts]  # also broken UTF-8
     alone = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
     assert decode_completions(tokenizer, prompts, completions) == alone
     assert sum("\ufffd" in text for text in alone) > 20
-    tokenizer.eos_token = "g"  # a token that `decode` does not skip
+    tokenizer.eos_token = "g"  # noqa: S105 - a token that `decode` does not skip
     end = tokenizer.eos_token_id
     assert decode_completions(tokenizer, [[1, end]], [[end, end]]) == ["g"]
 
