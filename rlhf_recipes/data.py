@@ -247,11 +247,11 @@ def encode_pair(
             )
     ids = whole[start:]
     stops = [i + 1 for i, token in enumerate(ids) if token in ends]
+    said = _content_text(answer[-1]).strip()
+    if said and tokenizer.decode(ids[stops[-1] if stops else 0 :]).strip().endswith(said):
+        return whole[:start], [*ids, eos]  # GLM-4 ends a turn by beginning the next one
     if stops:
         return whole[:start], ids[: stops[0] if len(answer) == 1 else stops[-1]]
-    said = _content_text(answer[-1]).strip()
-    if said and tokenizer.decode(ids).strip().endswith(said):  # GLM-4 ends a turn by beginning the next one
-        return whole[:start], [*ids, eos]
     raise RecipeError(
         f"the chat template ends an answer with {tokenizer.decode(ids[-2:])!r} and not with the tokenizer's eos token "
         f"{tokenizer.eos_token!r} or another end of the model, so a sampled completion would not stop there; name its end with "
