@@ -140,7 +140,7 @@ def _show(
     pieces = [("what the model reads", prompt_ids(Dataset.from_list([row]), tokenizer)[0])]
     for side in ("chosen", "rejected", "completion"):
         if side in row:
-            _, ids = encode_pair(tokenizer, row["prompt"], row[side], ends, **template_of(row))
+            _, ids = encode_pair(tokenizer, row["prompt"], row[side], ends, template_of(row))
             pieces.append((f"{side}, as it is learned", ids))
     for title, ids in pieces:
         console.print(f"  {title}: {escape(repr(_short(tokenizer.decode(ids))))} ({len(ids)} tokens)", highlight=False)
@@ -176,7 +176,7 @@ def _samples(
     rows, ids, responses = prompts[: len(answers)], [], []
     for number, (row, answer) in enumerate(zip(prompts, answers, strict=False)):
         with row_of("load_prompts", number):
-            before, after = encode_pair(tokenizer, row["prompt"], answer, ends, **template_of(row))
+            before, after = encode_pair(tokenizer, row["prompt"], answer, ends, template_of(row))
         ids.append(before)
         responses.append(after)
     padded, context = join_padded(ids, responses, tokenizer.pad_token_id)
@@ -197,7 +197,7 @@ def _try_templates(recipe: Recipe, samples: Samples) -> None:
             chat = answered(prompt, [{"role": "assistant", "content": samples.texts[i]}])  # type: ignore[arg-type]
             with row_of("load_prompts", i):
                 template = template_of({name: values[i] for name, values in samples.columns.items()})
-                render(tokenizer, chat, f"the reward's `model` {term.model}", NO_TEMPLATE, tokenize=False, **template)
+                render(tokenizer, chat, template, f"the reward's `model` {term.model}", NO_TEMPLATE, tokenize=False)
 
 
 def _score(name: str, function: Callable[..., Any], samples: Samples, console: Console) -> list[str]:

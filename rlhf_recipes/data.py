@@ -17,6 +17,10 @@ from transformers.utils import cached_file
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest, shortened
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
+Template = dict[str, Any]  # what a chat template gets beside the messages
+_ROLES = ("system", "user", "assistant", "tool")  # that a template knows, or refuses
+_OWN_ARGUMENTS = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict",
+                  "return_tensors", "padding", "truncation", "max_length", "return_assistant_tokens_mask"}  # fmt: skip
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 _OF_TRL = {"labels", "completion_mask", "assistant_masks", "position_ids", "seq_lengths", "messages"}  # it would take them
 _TRIED, _LOOKED_AT = 10, 100  # rows
@@ -172,16 +176,30 @@ def _content_text(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def template_of(row: dict[str, Any]) -> dict[str, Any]:
+def template_of(row: dict[str, Any]) -> Template:
     """What a dataset's row gives the chat template beside its messages, under TRL's names: `tools`, as a list or as JSON, and
-    the variables of `chat_template_kwargs`."""
-    tools, variables = row.get("tools"), row.get("chat_template_kwargs") or {}
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    # an Arrow column has all variables in all rows
-    return ({"tools": tools} if tools else {}) | {name: value for name, value in variables.items() if value is not None}
+    the variables of `chat_template_kwargs`.
+
+    Raises:
+        RecipeError: a variable is one that each stage sets itself.
+    """
+    tools, variables = row.get("tools"), _without_nulls(row.get("chat_template_kwargs") or {})
+    tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+    if taken := sorted(variables.keys() & _OWN_ARGUMENTS):
+        raise RecipeError(f"`chat_template_kwargs` has {taken[0]}, which each stage sets itself; leave it out")
+    return ({"tools": tools} if tools else {}) | variables
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> list[int]:
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that an Arrow column gives a row because another has them."""
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return value
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Template | None = None) -> list[int]:
     """Token ids after which a completion starts: of chat, the template up to where the assistant speaks, or, where the last
     message is the assistant's already, up to that message's last word.
 
@@ -197,12 +215,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template
         ids = tokenizer(prompt)["input_ids"]
         return ids[: len(ids) - _appended(tokenizer)]
     begun = prompt[-1]["role"] == "assistant"
-    return _apply_template(tokenizer, prompt, continue_final_message=begun, add_generation_prompt=not begun, **template)
+    return _apply_template(tokenizer, prompt, template, continue_final_message=begun, add_generation_prompt=not begun)
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, **template: Any) -> list[int]:
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, template: Template | None = None
+) -> list[int]:
     """The second half of `encode_pair`."""
-    return encode_pair(tokenizer, prompt, completion, **template)[1]
+    return encode_pair(tokenizer, prompt, completion, template=template)[1]
 
 
 def encode_pair(
@@ -210,7 +230,7 @@ def encode_pair(
     prompt: Prompt,
     completion: Prompt,
     ends: list[int] | None = None,
-    **template: Any,
+    template: Template | None = None,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its completion, an end of text last.
 
@@ -228,17 +248,17 @@ def encode_pair(
             without any of the ends.
     """
     eos, ends = tokenizer.eos_token_id, ends or [tokenizer.eos_token_id]
-    before = encode_prompt(tokenizer, prompt, **template)
+    before = encode_prompt(tokenizer, prompt, template)
     if isinstance(prompt, str):
         assert isinstance(completion, str), "a completion of text is text"
         ids = _following(tokenizer, prompt, before, completion)
         return before, ids if ids and ids[-1] in ends else [*ids, eos]  # as TRL's SFT: text may have its end already
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    whole = _apply_template(tokenizer, answered(prompt, answer), **template)
+    whole = _apply_template(tokenizer, answered(prompt, answer), template)
     start = common_length(before, whole)
     if start < len(before):
         conversation = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        fixed = _apply_template(tokenizer, conversation, **template)
+        fixed = _apply_template(tokenizer, conversation, template)
         if start < len(fixed) - 1:  # whose last token may be longer, with the next letters
             raise RecipeError(
                 "the chat template writes a prompt differently once an answer follows it, so supervised stages would train "
@@ -327,31 +347,49 @@ def join_padded(prompts: list[list[int]], completions: list[list[int]], pad: int
     return rows, context
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Template | None, **how: Any
+) -> list[int]:
     advice = "name one with `model.chat_template`, or let the dataset have text"
-    return list(render(tokenizer, messages, "`model.path`", advice, tokenize=True, **template))
+    return list(render(tokenizer, messages, template, "`model.path`", advice, tokenize=True, **how))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], whose: str, advice: str, **template: Any) -> Any:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: Template | None,
+    whose: str,
+    advice: str,
+    **how: Any,
+) -> Any:
     """`tokenizer.apply_chat_template`, of content as the template reads it: text, or a list of parts.
 
     Args:
+        template: see `template_of`.
         whose: of which model the tokenizer is.
         advice: what to do without a template.
+        how: `tokenize` and the like.
 
     Raises:
-        RecipeError: there is no template, it refuses the messages, or they hold more than text.
+        RecipeError: there is no template, it refuses messages or leaves out one of a role it does not know, or they hold more
+            than text.
     """
     if tokenizer.chat_template is None:
-        raise RecipeError(f"there are chat messages, and the tokenizer of {whose} has no chat template; {advice}")
-    messages = [message | {"content": _readable(tokenizer, message.get("content"))} for message in messages]
+        raise RecipeError(f"prompts are chat messages, and the tokenizer of {whose} has no chat template; {advice}")
+    messages = [_without_nulls(message) | {"content": _readable(tokenizer, message.get("content"))} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=False, **template)
+        written = tokenizer.apply_chat_template(messages, **(template or {}), return_dict=False, **how)
+        unusual = [message for message in messages if message["role"] not in _ROLES]
+        text = tokenizer.apply_chat_template(messages, **(template or {}), tokenize=False) if unusual else ""
     except Exception as error:  # a template may raise anything
         raise RecipeError(
             f"the chat template of {whose} does not take these messages: {type(error).__name__}: {error}; change the messages "
             f"or the template"
         ) from error
+    for message in unusual:
+        if _content_text(message).strip() not in text:
+            raise RecipeError(f"the chat template of {whose} leaves out the message of the role {message['role']!r}; rename it")
+    return written
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, content: Any) -> Any:
@@ -405,7 +443,7 @@ def prompt_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[lis
     ids = []
     for number, row in enumerate(read):
         with row_of("load_prompts", number):
-            ids.append(encode_prompt(tokenizer, row["prompt"], **template_of(row)))
+            ids.append(encode_prompt(tokenizer, row["prompt"], template_of(row)))
     return ids
 
 
@@ -455,10 +493,10 @@ def tokenize_prompts(
     if empty:
         print(f"{empty} of {len(ids)} prompts are empty, with nothing that a completion could follow, and left out")
     kept = dataset.select(fits)
-    if "input_ids" in dataset.column_names:
-        kept = kept.remove_columns("input_ids")
     if "prompt" not in dataset.column_names:
         kept = kept.add_column("prompt", tokenizer.batch_decode([ids[i] for i in fits], skip_special_tokens=True))
+    if "input_ids" in dataset.column_names:
+        kept = kept.remove_columns("input_ids")
     return kept.add_column("input_ids", [ids[i] for i in fits])
 
 
@@ -478,7 +516,7 @@ def tokenize_pairs(
         ids = {}
         for side in ("chosen", "rejected"):
             with row_of("load_preferences", number):
-                prompt, completion = encode_pair(tokenizer, row["prompt"], row[side], ends, **template_of(row))
+                prompt, completion = encode_pair(tokenizer, row["prompt"], row[side], ends, template_of(row))
             ids[f"{side}_ids"] = prompt + (completion if read_eos else completion[:-1])
         return {**ids, "length": max(map(len, ids.values()))}
 
@@ -507,7 +545,7 @@ def tokenize_demonstrations(
         with row_of("load_demonstrations", number):
             template = template_of(row)
             if "completion" in columns:
-                prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], ends, **template)
+                prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], ends, template)
                 return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
             if "text" in columns:  # TRL would append an eos to the tokenizer's own
                 prompt, end = encode_pair(tokenizer, row["text"], "", ends)
@@ -515,8 +553,8 @@ def tokenize_demonstrations(
             messages = row["messages"]
             if number < _TRIED and len(messages) > 1 and messages[-1]["role"] == "assistant":
                 # raises where the template would train on other tokens than PPO samples
-                encode_pair(tokenizer, messages[:-1], messages[-1:], ends, **template)
-            return {"input_ids": _apply_template(tokenizer, messages, **template)}
+                encode_pair(tokenizer, messages[:-1], messages[-1:], ends, template)
+            return {"input_ids": _apply_template(tokenizer, messages, template)}
 
     if "completion" not in columns and "text" in columns and not _appended(tokenizer):
         return dataset.remove_columns(sorted(columns & _OF_TRL))

@@ -192,7 +192,7 @@ def tokenize_preferences(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, rec
         ids = {}
         with row_of("load_preferences", number):
             for side in ("chosen", "rejected"):
-                ids[side] = encode_pair(tokenizer, row["prompt"], row[side], ends, **template_of(row))
+                ids[side] = encode_pair(tokenizer, row["prompt"], row[side], ends, template_of(row))
         (prompt, chosen), (other, rejected) = ids["chosen"], ids["rejected"]
         shared = common_length(prompt, other)  # a template may write more before the one answer than before the other
         chosen, rejected = prompt[shared:] + chosen, other[shared:] + rejected

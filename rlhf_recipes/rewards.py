@@ -222,7 +222,7 @@ class ModelReward(nn.Module):
 
     def _render(self, prompt: Any, text: str, template: dict[str, Any]) -> str:
         chat = answered(prompt, [{"role": "assistant", "content": text}])
-        return render(self.tokenizer, chat, self.title, NO_TEMPLATE, tokenize=False, **template)
+        return render(self.tokenizer, chat, template, self.title, NO_TEMPLATE, tokenize=False)
 
     def _pair(self, prompt: str, text: str):
         """The two segments, cut as one text is: the prompt loses its beginning, and where that is not enough all of it, and the

@@ -121,7 +121,8 @@ def _in_trls_form(dataset: Dataset, where: str) -> Dataset:
         isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0] for value in messages
     )
     pairs = {"chosen", "rejected"} <= set(columns)
-    implicit = pairs and ("prompt" not in columns or (isinstance(first["prompt"], str) and _is_chat(first["chosen"])))
+    whole = pairs and _is_chat(first["chosen"]) and first["chosen"][0]["role"] != "assistant"
+    implicit = pairs and ("prompt" not in columns or (isinstance(first["prompt"], str) and whole))
     if not from_value and not implicit and "conversations" not in columns:
         return dataset
     from trl.data_utils import maybe_convert_to_chatml, maybe_extract_prompt  # takes seconds, and few datasets need it
@@ -133,6 +134,8 @@ def _in_trls_form(dataset: Dataset, where: str) -> Dataset:
                 for message in row[name] if isinstance(row.get(name), list) else ():
                     message["role"] = _ROLES.get(message["role"], message["role"])
             row |= maybe_extract_prompt(row) if implicit else {}
+            if row.get("prompt") == []:
+                raise ValueError("they begin with other messages")
         except Exception as error:  # TRL expects rows in order
             raise RecipeError(
                 f"{where}: row {number} has no messages of `role` and `content`, or its `chosen` and `rejected` no prompt in "
@@ -186,7 +189,7 @@ def _is_chat(value: Any) -> bool:
         and len(value) > 0
         and all(
             isinstance(m, dict)
-            and m.get("role") is not None
+            and isinstance(m.get("role"), str)
             and (isinstance(m.get("content"), str | list) or (m.get("content") is None and bool(m.get("tool_calls"))))
             for m in value
         )

@@ -60,7 +60,7 @@ def result(name: str, kind: str) -> str:
     """What a template does with that kind of conversation: the completion, or why there is none."""
     tokenizer, (prompt, answer, template) = tokenizer_of(name), KINDS[kind]
     try:
-        asked, said = encode_pair(tokenizer, prompt, answer, **template)
+        asked, said = encode_pair(tokenizer, prompt, answer, template=template)
     except RecipeError as error:
         return "refused: " + re.sub(r".*these messages: (.*); change.*", r"\1", str(error))
     if kind == "tools" and "adds numbers" not in tokenizer.decode(asked):
@@ -107,10 +107,10 @@ def test_prompts_and_completions_are_what_the_template_writes(name):
         if result(name, kind).startswith("refused"):
             assert (name, kind) == ("gemma", "system message")
             continue
-        asked, said = encode_pair(tokenizer, prompt, answer, **template)
+        asked, said = encode_pair(tokenizer, prompt, answer, template=template)
         assert said[-1] == tokenizer.eos_token_id
         assert len(answer) > 1 or said.index(tokenizer.eos_token_id) == len(said) - 1
-        sampled_after = encode_prompt(tokenizer, prompt, **template)
+        sampled_after = encode_prompt(tokenizer, prompt, template)
         assert sampled_after[: len(asked)] == asked
         generation_prompt = tokenizer.decode(sampled_after[len(asked) :])
         assert "2+2" not in generation_prompt
