@@ -2,6 +2,8 @@
 
 import math
 import statistics
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +14,24 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.data import (
-    encode_completion,
-    encode_prompt,
+    answered,
+    encode_pair,
+    end_token_ids,
+    is_chat,
     join_padded,
     load_tokenizer,
+    prompt_ids,
     prompt_text,
+    render,
+    row_of,
+    template_of,
     tokenize_demonstrations,
+    tokenize_pairs,
+    tokenize_prompts,
 )
 from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.rewards import FunctionReward, RewardError, Samples, run_async
+from rlhf_recipes.rewards import NO_TEMPLATE, FunctionReward, Samples, run_async
+from rlhf_recipes.roles import load_reward_tokenizer
 from rlhf_recipes.tasks import COLUMNS, load_dataset, load_task
 
 ROWS = 10
@@ -37,8 +48,9 @@ READ_BY = {
 def check_task(recipe: Recipe, console: Console) -> list[str]:
     """Prints what every function gives; returns what is wrong, a line each."""
     task, problems = load_task(recipe), list[str]()
-    tokenizer = _tokenizer(recipe, problems)
+    tokenizer, ends = _tokenizer(recipe, problems)
     datasets: dict[tuple[str, str], Dataset] = {}
+    readable = set[str]()
     table = Table(title=str(task.__file__))
     for head in ("function", "split", "rows", "columns", "tokens*", "read by"):
         table.add_column(head, no_wrap=head not in ("columns", "read by"))
@@ -50,8 +62,9 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
             try:
                 dataset = load_dataset(task, function, split)
                 datasets[function, split] = dataset
-                lengths = _lengths(dataset.select(range(min(ROWS, len(dataset)))), function, tokenizer)
+                lengths = _lengths(_first(dataset), function, tokenizer, ends)
                 table.add_row(function, split, str(len(dataset)), ", ".join(dataset.column_names), lengths, READ_BY[function])
+                readable |= {function} if split == "train" and tokenizer is not None else set()
             except RecipeError as error:
                 problems.append(f"{function}({split!r}): {error}")
                 table.add_row(function, split, "[red]fails[/red]", "", "", READ_BY[function])
@@ -59,62 +72,75 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
     console.print(f"* least, median and most of the first {ROWS} rows, as the stage will see them")
     for (function, split), dataset in datasets.items():
         if split == "train":
-            _show(function, dataset[0], tokenizer, console)
-    if ("load_prompts", "train") in datasets:
+            _show(function, dataset[0], tokenizer if function in readable else None, ends, console)
+    if "load_prompts" in readable and tokenizer is not None:
         prompts = datasets["load_prompts", "train"]
-        if tokenizer is not None:
+        try:
             problems += _too_long(prompts, tokenizer, recipe)
-            samples = _samples(prompts, _answers(datasets, len(prompts)), tokenizer)
-            for name in ("reward", "gold_reward"):
-                if hasattr(task, name):
-                    problems += _score(name, getattr(task, name), samples, console)
-        problems += _overlap(datasets)
-    return problems
+            samples = _samples(_first(prompts), datasets, tokenizer, ends)
+            for name in _functions(recipe, task):
+                problems += _score(name, getattr(task, name), samples, console)
+            _try_templates(recipe, samples)
+        except RecipeError as error:
+            problems.append(str(error))
+    return _overlap(datasets) + problems
 
 
-def _tokenizer(recipe: Recipe, problems: list[str]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(recipe: Recipe, problems: list[str]) -> tuple[PreTrainedTokenizerBase | None, list[int]]:
+    """The backbone's, and its ends of text."""
     try:
-        return load_tokenizer(recipe)
+        tokenizer = load_tokenizer(recipe)
+        return tokenizer, end_token_ids(tokenizer, recipe.path(recipe.model.path))
     except RecipeError as error:
         problems.append(f"{error}; texts are shown as they are, without tokens")
-        return None
+        return None, []
 
 
-def _lengths(rows: Dataset, function: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _first(dataset: Dataset) -> Dataset:
+    return dataset.select(range(min(ROWS, len(dataset))))
+
+
+def _functions(recipe: Recipe, task: types.ModuleType) -> list[str]:
+    """The rewards of the task that the recipe names, and those that have a name of their own."""
+    try:
+        named = [term.function_name for term in recipe.reward.all_terms() if term.function_name]
+    except RecipeError:  # the policy stages say so
+        named = []
+    return [name for name in dict.fromkeys(("reward", *named, "gold_reward")) if hasattr(task, name)]
+
+
+def _lengths(rows: Dataset, function: str, tokenizer: PreTrainedTokenizerBase | None, ends: list[int]) -> str:
     """Of the first rows as the stage that reads them will see them."""
     if tokenizer is None:
         return ""
     if function == "load_prompts":
-        counts = [len(encode_prompt(tokenizer, prompt)) for prompt in rows["prompt"]]
+        counts = [len(row) for row in tokenize_prompts(rows, tokenizer, sys.maxsize)["input_ids"]]
     elif function == "load_preferences":
-        counts = [
-            len(encode_prompt(tokenizer, row["prompt"])) + len(encode_completion(tokenizer, row["prompt"], row[side]))
-            for row in rows
-            for side in ("chosen", "rejected")
-        ]
+        pairs = tokenize_pairs(rows, tokenizer, read_eos=True, ends=ends)
+        counts = [len(row) for side in ("chosen", "rejected") for row in pairs[f"{side}_ids"]]
     else:
-        tokenized = tokenize_demonstrations(rows, tokenizer)
-        if "input_ids" in tokenized.column_names:
-            counts = [len(ids) for ids in tokenized["input_ids"]]
-        elif "messages" in tokenized.column_names:
-            counts = [len(encode_prompt(tokenizer, messages)) for messages in tokenized["messages"]]
-        else:
-            counts = [len(tokenizer(text)["input_ids"]) for text in tokenized["text"]]
+        tokenized = tokenize_demonstrations(rows, tokenizer, ends)
+        text = "input_ids" not in tokenized.column_names
+        counts = [len(row) for row in (tokenizer(tokenized["text"][:])["input_ids"] if text else tokenized["input_ids"])]
     return f"{min(counts)}, {statistics.median(counts):.0f}, {max(counts)}"
 
 
-def _show(function: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, console: Console) -> None:
+def _show(
+    function: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, ends: list[int], console: Console
+) -> None:
     """The first row, as text, and as the tokens that a stage reads."""
     console.print(f"\n[bold]{function}[/bold], first row")
     for name, value in row.items():
-        text = prompt_text(value) if isinstance(value, list) and value and isinstance(value[0], dict) else str(value)
+        messages = isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+        text = prompt_text(value) if messages else str(value)
         console.print(f"  {name}: {escape(_short(text))}", highlight=False)
     if tokenizer is None or "prompt" not in row:
         return
-    pieces = [("what the model reads", encode_prompt(tokenizer, row["prompt"]))]
+    pieces = [("what the model reads", prompt_ids(Dataset.from_list([row]), tokenizer)[0])]
     for side in ("chosen", "rejected", "completion"):
         if side in row:
-            pieces.append((f"{side}, as it is learned", encode_completion(tokenizer, row["prompt"], row[side])))
+            _, ids = encode_pair(tokenizer, row["prompt"], row[side], ends, template_of(row))
+            pieces.append((f"{side}, as it is learned", ids))
     for title, ids in pieces:
         console.print(f"  {title}: {escape(repr(_short(tokenizer.decode(ids))))} ({len(ids)} tokens)", highlight=False)
 
@@ -125,35 +151,58 @@ def _short(text: str) -> str:
 
 def _too_long(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:
     limit, sample = recipe.data.max_prompt_tokens, prompts.select(range(min(1000, len(prompts))))
-    dropped = sum(len(encode_prompt(tokenizer, prompt)) > limit for prompt in sample["prompt"])
+    dropped = sum(len(ids) > limit for ids in prompt_ids(sample, tokenizer))
     if 2 * dropped <= len(sample):
         return []
     return [f"`data.max_prompt_tokens` {limit}: {dropped} of {len(sample)} prompts are longer and would be left out"]
 
 
-def _answers(datasets: dict[tuple[str, str], Dataset], count: int) -> list[Any]:
-    """Completions to score: the task's own where it has some."""
+def _answers(datasets: dict[tuple[str, str], Dataset], count: int, chat: bool) -> list[Any]:
+    """Completions to score: the task's own where it has some that can follow such prompts."""
     for function, column in (("load_preferences", "chosen"), ("load_demonstrations", "completion")):
         dataset = datasets.get((function, "train"))
-        if dataset is not None and column in dataset.column_names:
-            return dataset[: min(ROWS, count)][column]
-    return [f" completion number {i}" for i in range(min(ROWS, count))]
+        if dataset is not None and column in dataset.column_names and (chat or isinstance(dataset[0][column], str)):
+            return dataset[:count][column]
+    return [f" completion number {i}" for i in range(count)]
 
 
-def _samples(prompts: Dataset, answers: list[Any], tokenizer: PreTrainedTokenizerBase) -> Samples:
+def _samples(
+    prompts: Dataset, datasets: dict[tuple[str, str], Dataset], tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> Samples:
     """The first prompts with answers, as a policy stage would hand them to rewards."""
-    rows = prompts[: len(answers)]
-    ids = [encode_prompt(tokenizer, prompt) for prompt in rows["prompt"]]
-    responses = [encode_completion(tokenizer, prompt, answer) for prompt, answer in zip(rows["prompt"], answers, strict=True)]
+    prompts = tokenize_prompts(prompts, tokenizer, sys.maxsize)
+    answers = _answers(datasets, len(prompts), is_chat(prompts[0]["prompt"]))
+    rows, ids, responses = prompts[: len(answers)], [], []
+    for number, (row, answer) in enumerate(zip(prompts, answers, strict=False)):
+        with row_of("load_prompts", number):
+            before, after = encode_pair(tokenizer, row["prompt"], answer, ends, template_of(row))
+        ids.append(before)
+        responses.append(after)
     padded, attention, context = join_padded(ids, responses, tokenizer.pad_token_id)
-    columns = {key: values for key, values in rows.items() if key != "prompt"}
+    columns = {key: values for key, values in rows.items() if key not in ("prompt", "input_ids")}
     return Samples(padded, context, tokenizer, rows["prompt"], columns, attention)
+
+
+def _try_templates(recipe: Recipe, samples: Samples) -> None:
+    """Reward models read chat through templates of their own.
+
+    Raises:
+        RecipeError: one has none, or it does not take the prompts.
+    """
+    terms = recipe.reward.all_terms() if is_chat(samples.prompts[0]) else []
+    for term in (term for term in terms if term.model):
+        tokenizer = load_reward_tokenizer(recipe, term)
+        for i, prompt in enumerate(samples.prompts):
+            chat = answered(prompt, [{"role": "assistant", "content": samples.texts[i]}])  # type: ignore[arg-type]
+            with row_of("load_prompts", i):
+                template = template_of({name: values[i] for name, values in samples.columns.items()})
+                render(tokenizer, chat, template, f"the reward's `model` {term.model}", NO_TEMPLATE, tokenize=False)
 
 
 def _score(name: str, function: Callable[..., Any], samples: Samples, console: Console) -> list[str]:
     try:
         scores, _ = run_async(FunctionReward(function).score(samples))
-    except RewardError as error:
+    except RecipeError as error:
         return [f"{name}: {error}"]
     shown = ", ".join("no opinion" if math.isnan(score) else f"{score:.3g}" for score in scores.tolist())
     console.print(f"\n[bold]{name}[/bold] of {len(samples)} prompts with answers: {shown}", highlight=False)
@@ -163,9 +212,10 @@ def _score(name: str, function: Callable[..., Any], samples: Samples, console: C
 
 def _overlap(datasets: dict[tuple[str, str], Dataset]) -> list[str]:
     """Held-out prompts that are trained on say nothing."""
-    if ("load_prompts", "eval") not in datasets:
+    if not {("load_prompts", "train"), ("load_prompts", "eval")} <= datasets.keys():
         return []
-    train, held_out = ({str(p) for p in datasets["load_prompts", split]["prompt"]} for split in ("train", "eval"))
+    column = "prompt" if "prompt" in datasets["load_prompts", "eval"].column_names else "input_ids"
+    train, held_out = ({str(p) for p in datasets["load_prompts", split][column]} for split in ("train", "eval"))
     both = len(train & held_out)
     return (
         [f"load_prompts: {both} of {len(held_out)} held-out prompts are training prompts too"]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_completion, encode_prompt, is_chat, load_ends, pad_left
+from rlhf_recipes.data import Ends, encode_completion, encode_prompt, is_chat, pad_left
 from rlhf_recipes.engines import is_sharded
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
@@ -113,7 +113,7 @@ def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, recipe
 
 
 @torch.no_grad()
-def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, ends: Ends, recipe: Recipe) -> None:
     """What SFT makes must be a backbone that the policy stages can sample from, and its loss must be the model's own.
 
     Args:
@@ -135,7 +135,7 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     allowed, training = ROUNDING[base.dtype], model.training
     model.eval()
     with torch.random.fork_rng():
-        sampled = sample_completions(model, queries, attention, load_ends(recipe, tokenizer), 4, recipe.sampling.temperature)
+        sampled = sample_completions(model, queries, attention, ends, 4, recipe.sampling.temperature)
     plain = _plain_logprobs(model, sampled, queries.shape[1], recipe.sampling.temperature)
     gap = (sampled.logprobs - plain).abs().mean().item()
     if not gap <= allowed:

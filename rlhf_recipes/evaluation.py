@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import Prompt, encode_prompt, load_ends, pad_left, prompt_text, tokenize_prompts
+from rlhf_recipes.data import Ends, pad_left, prompt_ids, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async
@@ -243,17 +243,20 @@ def side_by_side(prompts: Dataset, judged: dict[str, Completions]) -> list[dict[
 
 
 def sample_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: types.ModuleType, recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Ends, task: types.ModuleType, recipe: Recipe
 ) -> list[dict[str, str]]:
     """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
-    prompts: list[Prompt] = [""]
+    rows = Dataset.from_dict({"prompt": [""]})
     if hasattr(task, "load_prompts"):
-        prompts = load_dataset(task, "load_prompts", "eval")[: recipe.evaluate.samples]["prompt"]
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        rows = load_dataset(task, "load_prompts", "eval")
+        rows = rows.select(range(min(recipe.evaluate.samples, len(rows))))
+    nothing = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    ids = [row or nothing for row in prompt_ids(rows, tokenizer)]
+    prompts = rows["prompt"][:] if "prompt" in rows.column_names else tokenizer.batch_decode(ids, skip_special_tokens=True)
     queries, attention = (tensor.to(model.device) for tensor in pad_left(ids, tokenizer.pad_token_id))
     torch.manual_seed(recipe.run.seed)
     length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
-    sampled = sample_completions(model, queries, attention, load_ends(recipe, tokenizer), length, temperature)
+    sampled = sample_completions(model, queries, attention, ends, length, temperature)
     texts = Samples(sampled.sequences, queries.shape[1], tokenizer, prompts, {}, sampled.attention, sampled.ended).texts
     return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
 

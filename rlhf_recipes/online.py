@@ -22,7 +22,7 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     train = tokenize_prompts(prompts, tokenizer, longest, at_least=episodes_per_update(recipe, stage))
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
 
-    section, gold = recipe.stages[stage], optional_gold(task)
+    section, gold = recipe.stages[stage], optional_gold(task, train)
     for key, value, needs_gold in (
         (f"{stage}.metric_for_best_model", section.get("metric_for_best_model"), "gold"),
         ("watch.on_over_optimisation", recipe.watch.on_over_optimisation, "rollback"),

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_recipes.data import encode_completion, encode_prompt
+from rlhf_recipes.data import common_length, encode_pair, end_token_ids, row_of, template_of, warn_of_doubled_tokens
 from rlhf_recipes.evaluation import Completions, complete
 from rlhf_recipes.pairs import FILE, IDS, read_pairs
 from rlhf_recipes.recipe import Recipe, RecipeError
@@ -173,18 +173,25 @@ def tokenize_preferences(
         RecipeError: none is left.
     """
     limit, longest = recipe.data.max_completion_tokens, recipe.data.max_prompt_tokens
+    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
+    if isinstance(pairs, Dataset):
+        warn_of_doubled_tokens(pairs, tokenizer, source)
     columns: dict[str, list] = {name: [] for name in IDS}
     given = cut = long = same = 0
-    for row in pairs:
+    for number, row in enumerate(pairs):
         given += 1
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        whole = {side: encode_completion(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
-        chosen, rejected = (ids[:limit] for ids in whole.values())
+        with row_of(source, number):
+            (prompt, after), (other, rejected_after) = (
+                encode_pair(tokenizer, row["prompt"], row[side], ends, template_of(row)) for side in ("chosen", "rejected")
+            )
+        shared = common_length(prompt, other)  # a template may write more before the one answer than before the other
+        whole = prompt[shared:] + after, other[shared:] + rejected_after
+        prompt, (chosen, rejected) = prompt[:shared], (ids[:limit] for ids in whole)
         if len(prompt) > longest or chosen == rejected:
             long += len(prompt) > longest
             same += len(prompt) <= longest
             continue
-        cut += any(len(ids) > limit for ids in whole.values())
+        cut += any(len(ids) > limit for ids in whole)
         for name, value in zip(IDS, (prompt, chosen, rejected, 0.0), strict=True):
             columns[name].append(value)
     kept = given - long - same

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import psutil
 
 from rlhf_recipes.pairs import pairs_file
@@ -14,6 +16,7 @@ from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, nearest, section_of
 from rlhf_recipes.sizes import sizes_of
 
 _CHUNK_TOKENS = 512
+_JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - compiles, and renders nothing
 # TRL finds out about others at the first step only
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
@@ -457,6 +460,8 @@ def _check_pad(recipe: Recipe) -> None:
     template = recipe.model.chat_template
     if template is not None and not (recipe.folder / template).is_file():
         raise RecipeError(f"`model.chat_template` {template}: no such file beside the recipe ({recipe.folder})")
+    if template is not None and (slip := _slip_of(recipe.folder / template)):
+        raise RecipeError(f"`model.chat_template` {template}: {slip}")
     own = {
         name: token["content"] if isinstance(token, dict) and "content" in token else token for name, token in config.items()
     }
@@ -469,9 +474,24 @@ def _check_pad(recipe: Recipe) -> None:
         )
 
 
+def _slip_of(template: Path) -> str | None:
+    """What is wrong with a chat template that cannot even be read; what it does with messages only a run can tell."""
+    try:
+        text = template.read_text(encoding="utf-8")
+        _JINJA.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))  # transformers' own tag
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 ({error.reason})"
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
+
+
 def warnings(recipe: Recipe, stage: str, longest: int | None = None) -> list[str]:
     """Whose code is executed, and what may go wrong by rough estimates; `longest` as in `memory_estimate`."""
     found = [f"{key}: code of {path} is executed on this machine" for key, path in _trusted(recipe, stage)]
+    own = Path(recipe.path(recipe.model.path)) / "chat_template.jinja"
+    if stage != "report" and recipe.model.chat_template is None and own.is_file() and (slip := _slip_of(own)):
+        found.append(f"{own}: {slip}; chat messages will be refused")
     if _launched_with("DeepSpeed"):
         found.append("under DeepSpeed no checkpoints are written, since its own are pickled; FSDP 2 has them")
     if stage != "report" and _lengths_known(recipe, stage, longest):

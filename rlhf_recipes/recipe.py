@@ -73,7 +73,7 @@ class ModelSection:
         "a token of the vocabulary to pad with, where the tokenizer has none, or its eos, as Pythia's and Llama's have", None
     )
     eos_token: str | None = _key(
-        "the token that ends a text or an answer, where it is not the tokenizer's own: <end_of_turn> of Gemma, <|end|> of Phi-3",
+        "the token that ends a text or an answer, where it isn't the tokenizer's eos: <end_of_turn> of Gemma, <|end|> of Phi",
         None,
     )
     chat_template: str | None = _key("a Jinja file relative to the recipe, in place of the tokenizer's own template", None)

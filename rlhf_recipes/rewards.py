@@ -23,10 +23,12 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import Prompt, decode_completions, is_chat
+from rlhf_recipes.data import Prompt, answered, decode_completions, is_chat, render, template_of
 from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.tasks import reward_arguments
 
 T = TypeVar("T")
+NO_TEMPLATE = "use a model that has one, or prompts of text"
 
 
 @dataclass
@@ -206,6 +208,7 @@ class ModelReward(nn.Module):
         probability: the softmax (of one label: sigmoid) instead of the logit.
         max_length: tokens; a longer text loses its beginning.
         pair: prompt and completion as the tokenizer's two segments instead of one text.
+        title: for what is said of it.
     """
 
     def __init__(
@@ -216,34 +219,58 @@ class ModelReward(nn.Module):
         probability: bool = False,
         max_length: int | None = None,
         pair: bool = False,
+        title: str = "the reward model",
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.title = model, tokenizer, title
         self.label, self.probability, self.max_length, self.pair = label, probability, max_length, pair
 
     @torch.no_grad()
     def score(self, samples: Samples) -> Tensor:
-        inputs = self._tokenize(samples.prompts, samples.texts).to(self.model.device)
+        """Scores, [batch].
+
+        Raises:
+            RecipeError: its chat template does not take the messages, or there is none.
+        """
+        inputs = self._tokenize(samples.prompts, samples.texts, samples.columns).to(self.model.device)
         logits = self.model(**inputs).logits.float()
         if self.probability:
             logits = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
         return logits[:, self.label].to(samples.sequences.device)
 
-    def _tokenize(self, prompts: list[Prompt], texts: list[str]):
+    def _tokenize(self, prompts: list[Prompt], texts: list[str], columns: dict[str, list] | None = None):
         padded = {"padding": True, "truncation": self.max_length is not None, "max_length": self.max_length}
+        rows = list(zip(prompts, texts, strict=True))
         if is_chat(prompts[0]):
-            messages = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, texts, strict=True)]
-            whole = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in messages]
+            given = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(rows))]
+            whole = [self._render(*row, template_of(others)) for row, others in zip(rows, given, strict=True)]
             return self.tokenizer(whole, add_special_tokens=False, return_tensors="pt", **padded)
         if self.pair:
-            return self.tokenizer(prompts, texts, return_tensors="pt", **padded | {"truncation": "only_first"})
-        return self.tokenizer([f"{p}{t}" for p, t in zip(prompts, texts, strict=True)], return_tensors="pt", **padded)
+            pairs = [self._pair(str(prompt), text) for prompt, text in rows]
+            return self.tokenizer.pad({name: [pair[name] for pair in pairs] for name in pairs[0]}, return_tensors="pt")
+        return self.tokenizer([f"{prompt}{text}" for prompt, text in rows], return_tensors="pt", **padded)
+
+    def _render(self, prompt: Any, text: str, template: dict[str, Any]) -> str:
+        chat = answered(prompt, [{"role": "assistant", "content": text}])
+        return render(self.tokenizer, chat, template, self.title, NO_TEMPLATE, tokenize=False)
+
+    def _pair(self, prompt: str, text: str):
+        """The two segments, cut as one text is: the prompt loses its beginning, and where that is not enough all of it, and the
+        completion its own."""
+        if self.max_length is None:
+            return self.tokenizer(prompt, text)
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        first, second = (len(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (prompt, text))
+        if second >= room < first + second:
+            return self.tokenizer("", text, truncation="only_second", max_length=self.max_length)
+        return self.tokenizer(prompt, text, truncation="only_first", max_length=self.max_length)
 
 
 class FunctionReward:
-    """A python reward of task.py: `reward(prompts, completions, **columns)` -> a score, or None for "no opinion", a row.
+    """A python reward of task.py: a score, or None for "no opinion", a row; called as TRL's GRPO does, by keyword:
+    `reward(prompts=..., completions=..., completion_ids=..., **columns)` with what it names.
 
-    It may be async. Chat prompts are message lists, and so are the completions then, as in TRL's GRPO.
+    It may be async. Chat prompts are message lists, and so are the completions then.
     """
 
     def __init__(self, function: Callable[..., Any], on_error: Literal["stop", "skip"] = "stop") -> None:
@@ -254,7 +281,9 @@ class FunctionReward:
 
         Raises:
             RewardError: with `on_error: stop`, at an exception or a value that is no score.
+            RecipeError: it has a parameter that nothing gives.
         """
+        self._arguments(samples[:1])
         try:
             returned = await self._call(samples)
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything
@@ -265,14 +294,20 @@ class FunctionReward:
         scores = [math.nan if value is None or _complaint(value) else float(value) for value in returned]
         return torch.tensor(scores), torch.tensor([complaint is not None for complaint in complaints])
 
-    async def _call(self, samples: Samples) -> list:
+    def _arguments(self, samples: Samples) -> tuple[list[Any], dict[str, Any]]:
         completions: list[Any] = samples.texts
         if is_chat(samples.prompts[0]):
             completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
+        ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask, strict=True)]
+        own = {"prompts": samples.prompts, "completions": completions, "completion_ids": ids}
+        return reward_arguments(self.function, samples.columns | own)
+
+    async def _call(self, samples: Samples) -> list:
+        arguments, named = self._arguments(samples)
         if inspect.iscoroutinefunction(self.function):
-            returned = await self.function(samples.prompts, completions, **samples.columns)
+            returned = await self.function(*arguments, **named)
         else:
-            returned = await asyncio.to_thread(self.function, samples.prompts, completions, **samples.columns)
+            returned = await asyncio.to_thread(self.function, *arguments, **named)
         returned = list(returned)
         if len(returned) != len(samples):
             raise ValueError(f"returned {len(returned)} scores for {len(samples)} completions")

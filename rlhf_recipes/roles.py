@@ -447,10 +447,7 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     dtype, trusted = getattr(torch, recipe.model.dtype), spec.trust_remote_code
     with loading(where, switch="reward.trust_remote_code"), safetensors_only():
         model = _pretrained(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trusted)
-        sides = {"truncation_side": "left", "padding_side": "right"}  # right suits any model
-        tokenizer = AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=trusted)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_reward_tokenizer(recipe, spec)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     labels = dict(model.config.id2label)
@@ -459,9 +456,42 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     if not isinstance(label, int) or label not in labels:
         named = ", ".join(f"{index} ({name})" for index, name in labels.items())
         raise RecipeError(f"{where}: `label` {spec.label!r} is none of its labels: {named}")
-    longest = min(spec.max_length or tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
+    longest = min(spec.max_length or tokenizer.model_max_length, _readable_tokens(model))
+    own = tokenizer.num_special_tokens_to_add(pair=spec.pair)
+    if longest <= own:
+        raise RecipeError(f"{where}: reads {longest} tokens, of which {own} are its tokenizer's own; raise `max_length`")
     model = model.requires_grad_(False).eval().to(PartialState().device)
-    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair)
+    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair, where)
+
+
+def load_reward_tokenizer(recipe: Recipe, spec: RewardTerm) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward `model`.
+
+    Raises:
+        RecipeError: it cannot be loaded, or has no token to pad with.
+    """
+    where, sides = f"the reward's `model` {spec.model}", {"truncation_side": "left", "padding_side": "right"}  # right suits any
+    with loading(where, switch="reward.trust_remote_code"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.path(str(spec.model)), **sides, trust_remote_code=spec.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"{where}: its tokenizer has neither a pad nor an eos token; name one in its tokenizer_config.json")
+    return tokenizer
+
+
+def _readable_tokens(model: PreTrainedModel) -> int:
+    """How many tokens a model reads: the rows of its table of positions, less those that RoBERTa and its kin leave free up to
+    the padding's and BART's and OPT's up to an offset; without a table what the config says, or any number."""
+    rows = [
+        module.num_embeddings - (module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+    ]
+    said = getattr(model.config, "max_position_embeddings", None)
+    return min([*rows, *([said] if isinstance(said, int) and said > 0 and not rows else []), 2**30])
 
 
 def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:

@@ -35,6 +35,7 @@ def main(recipe: Recipe) -> dict:
     if (pairs is None and given is None) or recipe.stages["dpo"].get("rounds", 1) > 1:
         prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), tokenizer, longest, recipe.preferences.prompts)
     held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
+    gold = optional_gold(task, held_out)
 
     roles = build_roles(recipe, tokenizer)
     examine(roles, held_out, recipe)
@@ -72,7 +73,7 @@ def main(recipe: Recipe) -> dict:
     run.save_adapter(roles.policy, run.folder)
     if run.main:
         read_back_policy(run.folder, roles, held_out, recipe)
-    return judge_policy(run, roles, held_out, optional_gold(task))
+    return judge_policy(run, roles, held_out, gold)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
-    section, gold = recipe.evaluate, optional_gold(task)
-    held_out = load_dataset(task, "load_prompts", "eval")
+    section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
+    gold = optional_gold(task, prompts)
     policies = policies_to_judge(recipe)
     notes = [*left_out(recipe), *trained_for_others(policies, recipe)]
 

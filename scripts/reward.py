@@ -20,7 +20,7 @@ def main(recipe: Recipe) -> dict:
 
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import refused_by_trl, stage_config
-    from rlhf_recipes.data import load_tokenizer, tokenize_pairs
+    from rlhf_recipes.data import end_token_ids, load_tokenizer, tokenize_pairs
     from rlhf_recipes.doctor import examine_reward, read_back_reward
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
@@ -34,9 +34,9 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    ends, read_eos = end_token_ids(tokenizer, recipe.path(recipe.model.path)), recipe.reward.adapter_reads_eos
     train, evaluation = (
-        tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, recipe.reward.adapter_reads_eos)
-        for split in ("train", "eval")
+        tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, read_eos, ends) for split in ("train", "eval")
     )
 
     build = partial(load_with_new_adapter, recipe, "SEQ_CLS")

@@ -19,7 +19,9 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.callbacks import watch
     from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, row_lengths, sft_fields, stage_config
     from rlhf_recipes.data import (
+        Ends,
         complete_tokenizer,
+        load_ends,
         load_tokenizer,
         texts_of,
         tokenize_demonstrations,
@@ -44,20 +46,23 @@ def main(recipe: Recipe) -> dict:
         architecture = recipe.model.architecture
         tokenizer = train_readable_tokenizer(texts_of(train), architecture["vocab_size"], architecture["model_type"])
         complete_tokenizer(tokenizer, recipe)
+        ends = Ends(tokenizer, [tokenizer.eos_token_id], recipe.sampling.stop)
         build = partial(build_backbone, recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(recipe)
+        ends = load_ends(recipe, tokenizer)
         build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
     model = build()
     args = stage_config(SFTConfig, recipe, "sft", **sft_fields(train, model, recipe))
-    train, evaluation = (tokenize_demonstrations(dataset, tokenizer) for dataset in (train, evaluation))
+    by_trl = any(recipe.stages["sft"].get(key) for key in ("assistant_only_loss", "chat_template_path"))
+    train, evaluation = (tokenize_demonstrations(dataset, tokenizer, ends.tokens, by_trl) for dataset in (train, evaluation))
     with refused_by_trl("sft"):
         trainer = SFTTrainer(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
     refuse_unread(trainer, recipe, "sft")
-    examine_sft(trainer, tokenizer, recipe)
+    examine_sft(trainer, tokenizer, ends, recipe)
     lengths, most = row_lengths(trainer.train_dataset), args.max_length
     warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
     if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
@@ -74,7 +79,7 @@ def main(recipe: Recipe) -> dict:
     loss = trainer.evaluate()["eval_loss"]
     model = whole_model(trainer, build)
     model = model if from_scratch else model.merge_and_unload()
-    samples = sample_texts(model.eval(), tokenizer, task, recipe)
+    samples = sample_texts(model.eval(), tokenizer, ends, task, recipe)
     run.write_lines("samples.jsonl", samples)
     run.save_backbone(model, tokenizer)
     if run.main:

@@ -229,6 +229,21 @@ ANSWERS = [[{"role": "assistant", "content": "b"}]]
 CHAT_AFTER_TEXT = {"prompt": ["a"], "chosen": ANSWERS, "rejected": ANSWERS}
 DATASET = "\ndef load_{0}(split):\n    return Dataset.from_dict({1})\n"
 
+PROMPTS = "\nfrom datasets import Dataset\ndef load_prompts(split):\n    return Dataset.from_dict({'prompt': ['a']})"
+APART = {side: [[{"role": "user", "content": side}]] for side in ("chosen", "rejected")}
+CHAT = {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]}
+
+
+def with_template(text, *words):
+    """Demonstrations that are messages, and a chat template for them."""
+
+    def broken(place):
+        task_of(DATASET.format("demonstrations", CHAT))(place)
+        (place / "x.jinja").write_text(text, encoding="utf-8", errors="surrogateescape")
+
+    return both(broken, "--model.chat_template=x.jinja", *words)
+
+
 TASKS = [
     case("no task.py", "report", lambda place: (place / "task.py").unlink(), "tiny/task.py: no such file"),
     case("task.py with a syntax error", "ppo", task_file("x = 1\ndef load(:\n"),
@@ -261,6 +276,30 @@ TASKS = [
     case("chat without a template", "ppo",
          task_of(DATASET.format("prompts", {"prompt": [[{"role": "user", "content": "a"}]] * 8})),
          "prompts are chat messages, and the tokenizer of `model.path` has no chat template"),
+    case("a stream", "ppo", task_of(f"{PROMPTS}.to_iterable_dataset()\n"),
+         "`load_prompts('train')` returned IterableDataset", "a stream has no length: return Dataset.from_list("),
+    case("all splits at once", "sft", task_of(
+        "\nfrom datasets import DatasetDict\ndef load_demonstrations(split):\n    return DatasetDict(train=1, test=2)\n"),
+         "returned DatasetDict", "the splits train, test: return one of them"),
+    case("rows made anew at each reading", "ppo", task_of(f"{PROMPTS}.with_transform(dict)\n"), "has a transform", "use map"),
+    case("images", "ppo", task_of(f"{PROMPTS}.add_column('images', [1])\n"), "has the column images; only text is read here"),
+    case("tools that are no JSON", "ppo", task_of(f"{PROMPTS}.add_column('tools', ['{{'])\n"),
+         "`load_prompts('train')`: row 0: `tools` is not valid JSON"),
+    case("variables of a template that are text", "ppo", task_of(f"{PROMPTS}.add_column('chat_template_kwargs', ['x'])\n"),
+         "row 0: `chat_template_kwargs`: expected a mapping, got 'x'"),
+    case("token ids of another vocabulary", "evaluate", task_of(f"{PROMPTS}.add_column('input_ids', [[9999]])\n"),
+         "`load_prompts`, row 0: `input_ids`: expected tokens from 0 to ", "got [9999]"),
+    case("pairs without a common beginning", "reward", task_of(DATASET.format("preferences", APART)),
+         "`load_preferences('train')`: row 0 has no messages of `role` and `content`, or its `chosen` and `rejected` no"),
+    case("template that refuses", "sft", with_template("{{ raise_exception('not these') }}", "--sft.from_scratch=false"),
+         "`load_demonstrations`, row 0: the chat template of `model.path` does not take these", "TemplateError: not these"),
+    case("template with a slip", "ppo", with_template("a\n{% if %}", "--dry-run"),
+         "`model.chat_template` x.jinja: line 2: Expected an expression"),
+    case("template that is no text", "ppo", with_template("\udcff"), "`model.chat_template` x.jinja: is not UTF-8"),
+    case("reward function of another parameter", "ppo", both(task_of("\ndef mine(texts):\n    return [1.0]\n"),
+         "--reward.adapter=null", "--reward.function=mine"), "`mine` has the parameter `texts`, which is neither `prompts`"),
+    case("gold reward of another parameter", "dpo", task_of("\ndef gold_reward(completions, answer):\n    return [1.0]\n"),
+         "`gold_reward` has the parameter `answer`", "another column of load_prompts (none)"),
     case("chat after text", "dpo", both(task_of(DATASET.format("preferences", CHAT_AFTER_TEXT)), "--preferences.source=task"),
          "`load_preferences('train')`: `chosen` of row 0: expected text, got"),
     case("prompts that are all too long", "preferences", flags("--data.max_prompt_tokens=1"),

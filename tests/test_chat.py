@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import types
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
+from trl import maybe_apply_chat_template
 
 from rlhf_recipes.data import (
     encode_completion,
@@ -17,6 +19,7 @@ from rlhf_recipes.data import (
 )
 from rlhf_recipes.preferences import tokenize_preferences
 from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.tasks import load_dataset
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -107,12 +110,139 @@ def test_a_template_that_samples_cannot_follow_is_refused(chat):
     tokenizer.chat_template = TEMPLATE.replace("</s>", "#")
     with pytest.raises(RecipeError, match="not with the tokenizer's eos token '</s>'"):
         encode_completion(tokenizer, prompt, "great")
-    tokenizer.chat_template = TEMPLATE.replace("a:{% endif %}", "a: <think>{% endif %}")
+    tokenizer.chat_template = TEMPLATE.replace("a:{% endif %}", "a: <think>{% endif %}")  # as Qwen 3.5's
+    assert tokenizer.decode(encode_completion(tokenizer, prompt, "great")) == "great</s>"
+    tokenizer.chat_template = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    prompt = [{"role": "user", "content": "one"}, *prompt]
     with pytest.raises(RecipeError, match="writes a prompt differently once an answer follows"):
         encode_completion(tokenizer, prompt, "great")
     tokenizer.chat_template = None
     with pytest.raises(RecipeError, match="no chat template"):
         encode_prompt(tokenizer, prompt)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def texts_of(rows, tokenizer, recipe):
+    """What every stage makes of a pair: prompts, demonstrations (mask applied), rewards' pairs, DPO's."""
+    asked = tokenize_prompts(rows, tokenizer, 99)[0]["input_ids"]
+    sft = tokenize_demonstrations(rows.rename_column("chosen", "completion"), tokenizer)[0]
+    dpo, reward = tokenize_preferences(rows, tokenizer, recipe)[0], tokenize_pairs(rows, tokenizer, True)[0]
+    learned = [token for token, mask in zip(sft["input_ids"], sft["completion_mask"], strict=True) if mask]
+    assert asked == dpo["prompt_ids"]
+    assert learned == dpo["chosen_ids"]
+    assert sft["input_ids"] == reward["chosen_ids"] == asked + learned
+    return tokenizer.decode(asked), tokenizer.decode(learned)
+
+
+@pytest.fixture
+def spoken(chat):
+    """A tokenizer with the template, and the recipe."""
+    recipe = load_recipe(chat, {"data.max_completion_tokens": 99, "data.max_prompt_tokens": 99})
+    return load_tokenizer(recipe), recipe
+
+
+def test_all_turns_of_a_completion_are_learned(spoken):
+    turns = [assistant("one"), user("and then?"), assistant("two")]
+    rows = Dataset.from_list([{"prompt": [user("the film?")], "chosen": turns, "rejected": [assistant("one")]}])
+    assert texts_of(rows, *spoken) == ("u:the film?a:", "one</s>u:and then?a:two</s>")
+
+
+def test_an_answer_begun_in_the_prompt_is_continued(spoken):
+    prompt = [user("2 + 2?"), assistant("Sure, it is")]
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": [assistant(" four")], "rejected": [assistant(" five")]}])
+    assert texts_of(rows, *spoken) == ("u:2 + 2?a:Sure, it is", " four</s>")
+    by_trl = maybe_apply_chat_template({"prompt": prompt}, spoken[0])["prompt"]
+    assert by_trl == "u:2 + 2?a:Sure, it is"
+
+
+def test_tools_and_template_variables_reach_the_template_in_every_stage(spoken):
+    tokenizer, recipe = spoken
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ mood }}" + TEMPLATE
+    tools = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}]  # Arrow gives both a and b
+    row = {"prompt": [user("x")], "chosen": [assistant("y")], "rejected": [assistant("z")]}
+    given = {"tools": tools, "chat_template_kwargs": {"mood": "glad"}}
+    shown = '{"name": "f", "arguments": {"a": 1}}{"name": "g", "arguments": {"b": 2}}glad'
+    for columns in (given, given | {"tools": json.dumps(tools)}):
+        rows = Dataset.from_list([row | columns])
+        assert texts_of(rows, tokenizer, recipe)[0].replace(" ", "") == (shown + "u:xa:").replace(" ", "")
+    messages = Dataset.from_list([{"messages": [user("x"), assistant("y")]} | given])
+    whole = tokenizer.decode(tokenize_demonstrations(messages, tokenizer)[0]["input_ids"])
+    assert whole.replace(" ", "") == (shown + "u:xa:y</s>").replace(" ", "")
+    taken = Dataset.from_list([row | {"chat_template_kwargs": {"tokenize": False}}])
+    with pytest.raises(RecipeError, match="`load_prompts`, row 0: `chat_template_kwargs` has tokenize, which each stage sets"):
+        tokenize_prompts(taken, tokenizer, 99)
+
+
+def task_of(function, *rows):
+    made = types.ModuleType("task")
+    made.__file__ = "task.py"
+    setattr(made, function, lambda split: Dataset.from_list(list(rows)))
+    return load_dataset(made, function, "train")
+
+
+def test_sharegpts_conversations_are_converted():
+    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    [row] = task_of("load_demonstrations", {"conversations": [human, gpt], "id": 1})
+    assert row == {"id": 1, "messages": [user("q"), assistant("a")]}
+    other = {"from": "gpt", "value": "b"}
+    [row] = task_of("load_preferences", {"prompt": [human], "chosen": [gpt], "rejected": [other]})
+    assert row == {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    [row] = task_of("load_prompts", {"prompt": [human], "stars": 3})
+    assert row == {"prompt": [user("q")], "stars": 3}
+
+
+def test_a_pairs_prompt_may_be_what_its_sides_have_in_common():
+    good, bad = [user("q"), assistant("a")], [user("q"), assistant("b")]
+    pair = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    for given in ({"chosen": good, "rejected": bad}, {"prompt": "q", "chosen": good, "rejected": bad}):
+        [row] = task_of("load_preferences", given)
+        assert row == pair
+    [row] = task_of("load_preferences", {"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"})
+    assert row["prompt"].startswith("Human: q Assistant:")
+    assert row["prompt"] + row["chosen"] == "Human: q Assistant: a"
+    with pytest.raises(RecipeError, match=r"row 0 has no messages .* begin with other messages"):
+        task_of("load_preferences", {"chosen": good, "rejected": [user("r"), assistant("b")]})
+
+
+def test_content_is_text_or_parts_whichever_the_template_reads(spoken):
+    tokenizer, _ = spoken
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "film?"}]}]
+    assert encode_prompt(tokenizer, parts) == encode_prompt(tokenizer, [user("the film?")])
+    tokenizer.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"
+    assert tokenizer.decode(encode_prompt(tokenizer, parts)) == "the ;film?;"
+    assert tokenizer.decode(encode_prompt(tokenizer, [user("the film?")])) == "the film?;"
+    with pytest.raises(RecipeError, match=r"a message holds {'type': 'image'}; only text is read here"):
+        encode_prompt(tokenizer, [{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_what_a_template_refuses_or_leaves_out_is_said_with_its_row(spoken):
+    tokenizer, recipe = spoken
+    fine, system = [user("x")], [{"role": "system", "content": "s"}, user("x")]
+    answers = {"chosen": [assistant("y")], "rejected": [assistant("z")], "completion": [assistant("y")]}
+    rows = Dataset.from_list([{"prompt": prompt, **answers} for prompt in (fine, system)])
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    for function, tokenize in (
+        ("load_prompts", lambda: tokenize_prompts(rows, tokenizer, 99)),
+        ("load_preferences", lambda: tokenize_pairs(rows, tokenizer, True)),
+        ("load_preferences", lambda: tokenize_preferences(rows, tokenizer, recipe)),
+        ("load_demonstrations", lambda: tokenize_demonstrations(rows, tokenizer)),
+    ):
+        with pytest.raises(RecipeError, match=rf"`{function}`, row 1: the chat template of .* TemplateError: no system"):
+            tokenize()
+    for broken in ("{{ messages[0].content + 1 }}", "{{ messages[7].content.x }}", "{% for m in %}", "{{ 1 / 0 }}"):
+        tokenizer.chat_template = broken
+        with pytest.raises(RecipeError, match=r"`load_prompts`, row 0: the chat template of `model.path` does not take"):
+            tokenize_prompts(rows, tokenizer, 99)
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RecipeError, match="leaves out the message of the role 'human'; rename it"):
+        encode_prompt(tokenizer, [{"role": "human", "content": "x"}])
 
 
 def test_the_doctor_and_sft_find_such_a_template_before_a_run(chat, tmp_path, capsys):

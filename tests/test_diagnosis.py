@@ -311,7 +311,7 @@ def watched_run(tiny, tmp_path, monkeypatch, action, hacked_at, gold=(0.1, 0.2, 
         assert (stage, ends_matter) == ("ppo", False)
         return [HACKED] if history[-1]["step"] >= hacked_at else []
 
-    monkeypatch.setattr("rlhf_recipes.online.optional_gold", lambda task: scripted_gold)
+    monkeypatch.setattr("rlhf_recipes.online.optional_gold", lambda *_: scripted_gold)
     monkeypatch.setattr("rlhf_recipes.callbacks.diagnose", scripted_diagnosis)
     summary = run("ppo", tiny, tmp_path, f"--watch.on_over_optimisation={action}", f"--run.name={action}", *EVERY_UPDATE)
     folder = tmp_path / "outputs/tiny/ppo" / action

@@ -122,11 +122,12 @@ def write_table() -> None:
     """docs/families.md, from what is found now."""
     lines = [
         "# Model families", "",
-        "Tiny random models of transformers' causal language models, their dropout as their configs have it, made and run by",
-        "`python -m tests.test_families` (float32, a CPU). The gap is the largest difference, in nats, between any two paths to",
-        "one log-probability of a policy whose adapter was moved on purpose: as its tokens are sampled, as the training pass computes",
-        "them, and as plain transformers and PEFT give them for one row without padding; and of the reference against the",
-        "plain backbone. The stages are sft, reward, ppo, dpo, evaluate and merge, each on what those before it made.", "",
+        "Tiny random models of transformers' causal language models, with their configs' own dropout, made and run by",
+        "`python -m tests.test_families` (float32, a CPU). The gap is the largest difference, in nats, between any two paths",
+        "to one log-probability of a policy whose adapter was moved on purpose: as its tokens are sampled, as the training",
+        "pass computes them, and as plain transformers and PEFT give them for one row without padding; and of the reference",
+        "against the plain backbone. The stages are sft, reward, ppo, dpo, evaluate and merge, each on what those before it",
+        "made.", "",
         "| family | `model_type` | gap | stages |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     home = Path.cwd()

@@ -7,13 +7,14 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.evaluation import complete, prepare_rewards
 from rlhf_recipes.recipe import RecipeError, load_recipe
 from rlhf_recipes.rewards import FunctionReward, ModelReward, RewardError, Rewards, Samples, Term
-from rlhf_recipes.roles import build_roles
+from rlhf_recipes.roles import build_roles, load_model_reward
 from rlhf_recipes.runs import Run
 from rlhf_recipes.tasks import load_task
 
@@ -49,7 +50,7 @@ def test_a_function_gets_text_and_the_datasets_columns(tokenizer):
     def reward(prompts, completions, stars, **columns):
         assert prompts == PROMPTS
         assert completions == TEXTS
-        assert not columns
+        assert set(columns) == {"completion_ids"}  # as TRL's GRPO gives it
         return [len(c) + 10 * s for c, s in zip(completions, stars, strict=True)]
 
     scores = by_function(reward)(samples_of(tokenizer, stars=[1, 2, 3]))
@@ -67,6 +68,57 @@ def test_a_function_of_chat_gets_messages(tokenizer):
     samples = samples_of(tokenizer)
     samples.prompts = chats
     assert by_function(reward)(samples).total.tolist() == [6, 14, 0]
+
+
+def test_functions_of_trls_grpo_work_unchanged(tokenizer):
+    """As TRL documents them: by keyword, whatever the order."""
+
+    def reward_len(completions, **kwargs):
+        return [-abs(20 - len(c)) for c in completions]
+
+    def reward_with_answer(completions, answer, **kwargs):
+        assert kwargs.keys() == {"prompts", "completion_ids"}
+        return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+    def swapped(completions, prompts, log_extra=None, log_metric=None, **kwargs):
+        assert (prompts, log_extra, log_metric) == (PROMPTS, None, None)
+        return [float(len(c)) for c in completions]
+
+    samples = samples_of(tokenizer, answer=["great", "great", ""])
+    lengths = [len(text) for text in TEXTS]
+    assert by_function(reward_len)(samples).total.tolist() == [-abs(20 - n) for n in lengths]
+    assert by_function(reward_with_answer)(samples).total.tolist() == [1, 0, 1]
+    assert by_function(swapped)(samples).total.tolist() == lengths
+    long = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)
+    tokens = samples.mask.sum(1).tolist()
+    assert by_function(long)(samples).total.tolist() == [0 if n <= 2 else (2 - n) / 2 if n <= 4 else -1 for n in tokens]
+    samples.prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
+    vars(samples)["texts"] = ["<think>\n1\n</think>\n2", "2", "<think>"]
+    assert by_function(think_format_reward)(samples).total.tolist() == [1, 0, 0]
+
+
+def test_a_function_that_names_neither_gets_prompts_and_completions_first(tokenizer):
+    samples = samples_of(tokenizer, stars=[1, 2, 3])
+    assert by_function(lambda x, y: [float(x == p) for x, p in zip(x, PROMPTS, strict=True)])(samples).total.tolist() == [1] * 3
+    assert by_function(lambda x, y, stars: stars)(samples).total.tolist() == [1, 2, 3]
+    assert by_function(lambda *both: [float(len(both))] * 3)(samples).total.tolist() == [2] * 3
+    assert by_function(lambda stars, completions: stars)(samples).total.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("function", "parameter"),
+    [
+        (lambda texts: texts, "texts"),
+        (lambda completions, answers, **columns: answers, "answers"),
+        (lambda prompts, completions, trainer_state: [0.0], "trainer_state"),
+        (lambda stars, y: stars, "y"),
+    ],
+)
+def test_a_parameter_that_nothing_gives_is_named_with_the_columns_there_are(tokenizer, function, parameter):
+    with pytest.raises(
+        RecipeError, match=rf"has the parameter `{parameter}`, which is neither .* of load_prompts \(stars, id\)"
+    ):
+        by_function(function)(samples_of(tokenizer, stars=[1, 2, 3], id=[1, 2, 3]))
 
 
 def test_slow_functions_are_called_once_a_batch_and_waited_for_together(tokenizer):
@@ -167,6 +219,63 @@ def test_a_models_text_loses_its_beginning_and_keeps_the_completion(foreign, tok
     ids = reward._tokenize(["a film " * 40], [" dull"])["input_ids"][0].tolist()
     assert len(ids) == 12
     assert own.decode(ids).endswith("film  dull")
+
+
+def test_a_completion_that_is_too_long_for_a_pair_loses_its_own_beginning(foreign):
+    own = load_tokenizer_of(foreign)
+    reward = ModelReward(AutoModelForSequenceClassification.from_pretrained(foreign).eval(), own, max_length=8, pair=True)
+    added = own.num_special_tokens_to_add(pair=True)
+    for prompt, text in (
+        ("a", " plot"),
+        ("a film " * 9, " plot"),
+        ("a", " plot" * 9),
+        ("a film", " plot and the"),
+        ("", " dull " * 9),
+    ):
+        ids = reward._tokenize([prompt, "a"], [text, ""])["input_ids"][0].tolist()
+        first, second = (own(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+        kept = (first + second)[-(8 - added) :]
+        assert [i for i in ids if i not in own.all_special_ids] == kept
+
+
+def test_a_roberta_reads_less_than_it_has_positions(tokenizer, tiny, tmp_path):
+    """Its positions begin behind the padding's: 40 - 0 - 1 are left."""
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    overrides = {"reward.adapter": None, "reward.read_eos": True, "reward.model": str(tmp_path / "rm")}
+    recipe = load_recipe(tiny, overrides)
+    scorer = load_model_reward(recipe, recipe.reward)
+    assert scorer.max_length == 39
+    samples = samples_of(tokenizer, ["the film " * 30, "a", "b"])
+    assert scorer.score(samples).isfinite().all()
+    scorer.max_length = 40
+    with pytest.raises((IndexError, RuntimeError)):
+        scorer.score(samples)
+    short = load_recipe(tiny, overrides | {"reward.max_length": 1})
+    with pytest.raises(RecipeError, match=r"reads 1 tokens, of which 1 are its tokenizer's own; raise `max_length`"):
+        load_model_reward(short, short.reward)
+
+
+def test_a_reward_models_chat_template_is_its_own_and_what_it_refuses_is_said(foreign):
+    own = load_tokenizer_of(foreign)
+    reward = ModelReward(
+        AutoModelForSequenceClassification.from_pretrained(foreign).eval(), own, title="the reward's `model` x"
+    )
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a dull"}]
+    with pytest.raises(
+        RecipeError, match=r"the tokenizer of the reward's `model` x has no chat template; use a model that has"
+    ):
+        reward._tokenize([begun], [" plot"])
+    own.chat_template = "{{ tools }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    ids = reward._tokenize([begun], [" plot"], {"tools": [[{"name": "f"}]], "stars": [3]})["input_ids"][0]
+    assert own.decode(ids) == "[{'name': 'f'}]user:a;assistant:a dull plot;"  # one answer
+    own.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(RecipeError, match=r"template of the reward's `model` x does not take .* TemplateError: no such role"):
+        reward._tokenize([begun], [" plot"])
 
 
 def load_tokenizer_of(folder):

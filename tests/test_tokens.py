@@ -4,10 +4,22 @@ import json
 import random
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_recipes.data import decode_completions, end_token_ids, load_tokenizer
+from rlhf_recipes.data import (
+    decode_completions,
+    encode_completion,
+    encode_pair,
+    encode_prompt,
+    end_token_ids,
+    load_tokenizer,
+    tokenize_demonstrations,
+    tokenize_pairs,
+    tokenize_prompts,
+)
+from rlhf_recipes.preferences import tokenize_preferences
 from rlhf_recipes.preflight import check
 from rlhf_recipes.recipe import RecipeError, load_recipe
 
@@ -19,7 +31,7 @@ def with_spaces(kind: str) -> PreTrainedTokenizerFast:
     tokenizers ("metaspace") do it."""
     letters = SPACE + "abcdefghijklmnopqrstuvwxyz?:,.!'\n"
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *letters, *(SPACE + c for c in letters[1:27])])}
-    made = Tokenizer(models.BPE(words, [(SPACE, c) for c in letters[1:27]], unk_token="<unk>"))
+    made = Tokenizer(models.BPE(words, [(SPACE, c) for c in letters[1:27]], unk_token="<unk>"))  # noqa: S106
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     if kind == "prepend":
         made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -27,9 +39,8 @@ def with_spaces(kind: str) -> PreTrainedTokenizerFast:
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
         made.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="first")
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", padding_side="left"
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
 
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace"])
@@ -43,14 +54,99 @@ def test_a_completions_text_is_what_it_adds_to_the_prompts(kind):
     assert texts == [" great fun", " great fun", "", "the movie was great fun"]
 
 
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("the movie was", " great fun"), ("the movie wa", "s great"), ("is it? ", "yes"), ("", "a film"), ("a", "\nb"), ("a", "")],
+)
+def test_every_stage_learns_what_a_sampled_completion_would_be(kind, prompt, completion, tiny):
+    tokenizer, recipe = with_spaces(kind), load_recipe(tiny, {"data.max_completion_tokens": 24})
+    asked, said = encode_pair(tokenizer, prompt, completion)
+    assert asked == encode_prompt(tokenizer, prompt)
+    assert tokenizer.decode(asked + said, skip_special_tokens=True) == prompt + completion
+    assert said[-1] == tokenizer.eos_token_id
+    assert decode_completions(tokenizer, [asked], [said]) == [completion]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": completion, "chosen": completion, "rejected": "x"}])
+    assert tokenize_pairs(rows, tokenizer, True)[0]["chosen_ids"] == asked + said
+    assert tokenize_demonstrations(rows.select_columns(["prompt", "completion"]), tokenizer)[0]["input_ids"] == asked + said
+    pair = tokenize_preferences(rows.select_columns(["prompt", "chosen", "rejected"]), tokenizer, recipe)[0]
+    assert (pair["prompt_ids"], pair["chosen_ids"]) == (asked, said)
+    if completion == " great fun":
+        assert asked + said[:-1] == tokenizer(prompt + completion)["input_ids"]
+
+
+def test_completions_of_bytes_are_tokenised_by_themselves(tiny):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    for completion in ("great", " great", "  ", "", "\nfilm", "caf\u00e9"):
+        alone = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        assert encode_completion(tokenizer, "the film wa", completion) == [*alone, tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_that_appends_its_eos_does_not_end_a_prompt(tiny):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    plain = {text: tokenizer(text)["input_ids"] for text in ("the film", "", "ends</s>")}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    appends = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **{k: v for k, v in tokenizer.special_tokens_map.items() if "_" in k}
+    )
+    assert appends("the film")["input_ids"] == [*plain["the film"], eos]
+    for text, ids in plain.items():
+        assert encode_prompt(appends, text) == ids
+    [row] = tokenize_demonstrations(Dataset.from_dict({"text": ["the film"]}), appends)
+    assert row["input_ids"] == [*plain["the film"], eos]
+    assert "text" in tokenize_demonstrations(Dataset.from_dict({"text": ["a"]}), load_tokenizer(load_recipe(tiny))).column_names
+
+
+def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    rows = Dataset.from_list(
+        [{"prompt": "fine", "chosen": "a", "rejected": "b"}] + [{"prompt": "<s>a", "chosen": "b</s>", "rejected": "c"}] * 3
+    )
+    for _ in ("train", "eval"):
+        tokenize_prompts(rows, tokenizer, 24)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: `load_prompts`: `prompt` of row 1 begins with the special token <s>, and the tokenizer puts it before every "
+        "text; leave it out of the text",
+        "warning: `load_prompts`: `chosen` of row 1 ends with the special token </s>, and the end of a completion is added to "
+        "it; leave it out of the text",
+    ]
+    assert encode_completion(tokenizer, "a", "b</s>") == encode_completion(tokenizer, "a", "b")
+    other = load_tokenizer(load_recipe(tiny))  # another run
+    tokenize_prompts(Dataset.from_dict({"prompt": ["the film</s>"]}), other, 24)
+    assert "ends with the special token </s>, and a completion would follow the end of a text" in capsys.readouterr().err
+    chat = Dataset.from_list([{"messages": [{"role": "user", "content": "a</s>b"}]}])
+    other.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenize_demonstrations(chat, other)
+    assert "`messages` of row 0 holds the special token </s>, and the chat template writes" in capsys.readouterr().err
+    tokenize_prompts(rows.select([0]), other, 24)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_datasets_own_token_ids_are_taken_as_they_are(tiny):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    ids = encode_prompt(tokenizer, "the film")
+    both = tokenize_prompts(Dataset.from_list([{"prompt": "other", "input_ids": ids, "stars": 3}]), tokenizer, 24)
+    assert both[0] == {"prompt": "other", "stars": 3, "input_ids": ids}
+    alone = tokenize_prompts(Dataset.from_list([{"input_ids": ids}]), tokenizer, 24)
+    assert alone[0] == {"prompt": "the film", "input_ids": ids}
+    learned = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * len(ids), "text": "x"}])
+    assert set(tokenize_demonstrations(learned, tokenizer).column_names) == {"input_ids", "completion_mask"}
+    for wrong in ([len(tokenizer)], [-1], ["a"], None):
+        with pytest.raises(RecipeError, match=r"`load_prompts`, row 0: `input_ids`: expected tokens from 0 to \d+, got"):
+            tokenize_prompts(Dataset.from_list([{"prompt": "x", "input_ids": wrong}]), tokenizer, 24)
+
+
 def test_completions_of_bytes_decode_as_they_do_by_themselves(tiny):
-    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)
+    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)  # noqa: S311
     prompts = [tokenizer(text)["input_ids"] for text in ("the film ", "", "caf\u00e9", "\u65e5\u672c", "x  ")] * 40
     completions = [draw.choices(range(len(tokenizer)), k=draw.randrange(9)) for _ in prompts]  # also broken UTF-8
     alone = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
     assert decode_completions(tokenizer, prompts, completions) == alone
     assert sum("\ufffd" in text for text in alone) > 20
-    tokenizer.eos_token = "g"  # a token that `decode` does not skip
+    tokenizer.eos_token = "g"  # noqa: S105 - a token that `decode` does not skip
     end = tokenizer.eos_token_id
     assert decode_completions(tokenizer, [[1, end]], [[end, end]]) == ["g"]
 
