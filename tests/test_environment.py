@@ -11,13 +11,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rlhf_recipes import environment, runs
+from rlhf_recipes import environment, runs, runtime
 from rlhf_recipes.recipe import followed, load_recipe
 from rlhf_recipes.runs import Run
 from rlhf_recipes.tasks import load_task
+from rlhf_recipes.tracking import Tracker, _project
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -270,3 +272,59 @@ def test_timing_has_seconds_and_tokens_a_second(tiny, tmp_path):
         assert timing["seconds"] * timing["tokens_per_second"] == pytest.approx(8 * row["completions/mean_length"])
         assert timing["eps"] == int(8 / timing["seconds"])
         assert not set(timing) & set(row) - {"step"}
+
+
+# --- accelerate, wandb -----------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    import accelerate
+
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(device="cuda:99"))
+    with pytest.raises(SystemExit) as stop:
+        run("ppo", tiny, tmp_path / "outputs")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "error: this process cannot be set up: " in error
+    assert "ACCELERATE_TORCH_DEVICE" in error
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(("variables", "threads"), [({"OMP_NUM_THREADS": "3"}, 3), ({}, 4), ({"LOCAL_WORLD_SIZE": "2"}, 2),
+                         ({"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_BACKEND": "NO"}, 4)])  # fmt: skip
+def test_threads(variables, threads, monkeypatch):
+    import torch
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runtime, "_cores", lambda: 4)
+    try:
+        torch.set_num_threads(3)  # as OMP_NUM_THREADS would have it
+        runtime.configure(0)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("variables", "policy"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"),
+                         ({"GOMP_SPINCOUNT": "9"}, None)])  # fmt: skip
+def test_threads_that_wait_sleep_unless_told_otherwise(variables, policy, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    environment.prepare()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+def test_wandbs_variables(tiny, tmp_path, monkeypatch):
+    recipe, own = load_recipe(tiny, {"run.tracker": "wandb"}), load_recipe(tiny, {"run.project": "own"})
+    assert (_project(recipe), _project(own)) == ("rlhf-recipes", "own")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert (_project(recipe), _project(own)) == ("theirs", "own")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    Tracker(recipe, "ppo", tmp_path).log({"x": 1})
+    assert list(tmp_path.iterdir()) == []
