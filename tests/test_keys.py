@@ -42,7 +42,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Key:
-    """`value` beside the keys `beside` makes `look` see another thing than `beside` alone; `along` are keys it cannot be without."""
+    """`value` beside the keys `beside` makes `look` see another thing than `beside` alone.
+
+    `along` are keys that have an effect with it alone.
+    """
 
     value: Any
     look: Any  # Seen -> what is compared
