@@ -202,6 +202,7 @@ _NEEDS: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
     "precompute_ref_batch_size": ("precompute_ref_log_probs", "true", _on),
     "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence", lambda value: value == "alpha_divergence"),
     "discopop_tau": ("loss_type", "[discopop]", lambda value: "discopop" in (value or ())),
+    "kl_estimator": ("full_kl", "false", lambda value: not value),
     "kl_horizon": ("kl_target", "", _on),
     "reference_sync_steps": ("reference", "sync", lambda value: value == "sync"),
     "warmup_steps": ("lr_scheduler_type", "constant_with_warmup, or another than constant", lambda value: value != "constant"),
@@ -240,7 +241,7 @@ def without_effect(stage: str, values: dict[str, Any], given: Collection[str]) -
         else:
             continue
         default = _OURS.get((stage, switch), _literal(fields[switch].default))
-        said_off = switch in values and not (key in given and switch not in given)
+        said_off = switch in values and key not in given
         if not fits(values.get(switch, default)) and not said_off:
             return f"`{stage}.{key}` needs `{stage}.{switch}`{' ' if needed else ''}{needed}, without which it has no effect"
     return None

@@ -153,6 +153,12 @@ class RewardTerm:
         return self.name or path.rstrip("/").rsplit("/", 1)[-1]
 
 
+_ONLY_OF = {  # which kind of reward reads a key; `read_eos` is also what scripts/reward.py trains an adapter to read
+    **dict.fromkeys(("label", "probability", "pair", "trust_remote_code", "max_length"), "model"),
+    "on_error": "function",
+}
+
+
 @dataclass(frozen=True)
 class RewardSection(RewardTerm):
     """What is maximised: one reward, or a weighted sum."""
@@ -189,6 +195,11 @@ class RewardSection(RewardTerm):
             if len(sources) != 1:
                 named = " and ".join(sources) or "none"
                 raise RecipeError(f"{where} needs one of adapter, model and function, and names {named}")
+            for key, kind in _ONLY_OF.items():
+                if getattr(term, key) != RewardTerm.__dataclass_fields__[key].default and kind not in sources:
+                    raise RecipeError(
+                        f"{where[:-1]}.{key}` has no effect on {sources[0]}: it is of a reward `{kind}`; leave it out"
+                    )
         titles = [term.title for term in terms]
         for title in titles:
             if titles.count(title) > 1:
@@ -659,6 +670,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     except RecipeError as error:
         blame = next((o for (s, _), o in origin.items() if s == "reward"), str(file))
         raise RecipeError(f"{blame}: {error}") from None
+    if "reward.normalize_prompts" in (overrides or {}) and not sections["reward"].normalize:
+        raise RecipeError("--reward.normalize_prompts: `reward.normalize_prompts` needs `reward.normalize` true")
     given = {name: {key for section, key in origin if section == name} for name in STAGES}
     stages = {name: build(name, functools.partial(_build_stage, given=given[name])) for name in STAGES}
     return Recipe(folder=folder, stages=stages, **sections)

@@ -42,12 +42,16 @@ class Seen:
 
 @dataclass(frozen=True)
 class Key:
-    """`value` beside the keys `beside` makes `look` see another thing than `beside` alone."""
+    """`value` beside the keys `beside` makes `look` see another thing than `beside` alone.
+
+    `along` are keys that have an effect with it alone.
+    """
 
     value: Any
     look: Any  # Seen -> what is compared
     beside: dict[str, Any] = field(default_factory=dict)
     trained: bool = True
+    along: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -272,11 +276,11 @@ ONLINE = {  # of our own loop
     "kl_target": in_metrics(1.0),
     "kl_horizon": in_metrics(8, kl_target=1.0),
     "target_kl": in_metrics(1e-9, num_ppo_epochs=3),
-    "reference": in_metrics("sync", reference="frozen", reference_sync_steps=1),
+    "reference": Key("sync", metrics, along={"reference_sync_steps": 1}),
     "reference_sync_steps": in_metrics(1, reference="sync"),
     "whiten_advantages": in_metrics(False),
     "loop": in_metrics("trl", value="adapter"),
-    "eval_strategy": in_metrics("steps", eval_strategy="no", eval_steps=1),
+    "eval_strategy": Key("steps", metrics, along={"eval_steps": 1}),
     "eval_steps": in_metrics(1, eval_strategy="steps", eval_steps=2),
     "eval_on_start": in_metrics(True),
     "metric_for_best_model": trained("reward", best, eval_strategy="steps", eval_steps=1),
@@ -391,7 +395,7 @@ def check(stage, name, tiny, place, capsys):
     if isinstance(key, Elsewhere):
         return observe(stage, before | {dotted: key.value}, place, tiny, built(key.value, argument(name)))
     assert before.get(dotted) != key.value
-    after = before | {dotted: key.value}
+    after = before | {f"{stage}.{k}": v for k, v in key.along.items()} | {dotted: key.value}
     assert observe(stage, before, place, tiny, key) != observe(stage, after, place, tiny, key)
     return None
 
@@ -608,6 +612,7 @@ def test_every_other_key_is_refused_with_the_reason(stage):
         ({"packing_strategy": "wrapped"}, {}, "`sft.packing_strategy` needs `sft.packing` true"),
         ({"packing_strategy": "bfd"}, {}, None),  # TRL's default promises nothing
         ({"dataloader_prefetch_factor": 2}, {}, "needs `sft.dataloader_num_workers` above 0"),
+        ({}, {"ppo.full_kl": True, "ppo.kl_estimator": "k3"}, "`ppo.kl_estimator` needs `ppo.full_kl` false"),
     ],
 )
 def test_a_key_without_effect_beside_the_others(file, overrides, message, tmp_path):
@@ -717,6 +722,22 @@ def test_an_override_of_the_reward_takes_the_place_of_the_files(overrides, terms
     assert loaded.stages["ppo"]["reward_baseline"] is baseline
     (tmp_path / "again.yaml").write_text(loaded.to_yaml())
     assert load_recipe(tmp_path / "again.yaml", overrides) == loaded  # as --resume reads it
+
+
+@pytest.mark.parametrize(
+    ("reward", "overrides", "message"),
+    [
+        ({"adapter": "a", "label": "good"}, {}, "`reward.label` has no effect on adapter: it is of a reward `model`"),
+        ({"function": "f"}, {"reward.max_length": 8}, "--reward.max_length: `reward.max_length` has no effect on function"),
+        ({"terms": [{"adapter": "a", "on_error": "skip"}]}, {}, "`reward.terms[0].on_error` has no effect on adapter"),
+        ({"adapter": "a"}, {"reward.normalize_prompts": 8}, "`reward.normalize_prompts` needs `reward.normalize` true"),
+    ],
+)
+def test_keys_of_another_kind_of_reward(reward, overrides, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": {"path": "x"}, "reward": reward}))
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(tmp_path, overrides)
+    assert message in str(refusal.value)
 
 
 def test_an_override_takes_the_place_of_a_files_sum(tmp_path):
