@@ -315,7 +315,7 @@ def encode_pair(
     start = common_length(before, whole)
     if start < len(before):
         conversation = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        fixed = _apply_template(tokenizer, conversation, template)
+        fixed = _apply_template(tokenizer, conversation, template) if conversation else []
         if start < len(fixed) - 1:  # whose last token may be longer, with the next letters
             raise RecipeError(
                 "the chat template writes a prompt differently once an answer follows it, so supervised stages would train "

@@ -490,7 +490,7 @@ def warnings(recipe: Recipe, stage: str, longest: int | None = None) -> list[str
     """Whose code is executed, and what may go wrong by rough estimates; `longest` as in `memory_estimate`."""
     found = [f"{key}: code of {path} is executed on this machine" for key, path in _trusted(recipe, stage)]
     own = Path(recipe.path(recipe.model.path)) / "chat_template.jinja"
-    if stage != "report" and recipe.model.chat_template is None and own.is_file() and (slip := _slip_of(own)):
+    if stage != "report" and recipe.model.chat_template is None and os.path.isfile(own) and (slip := _slip_of(own)):
         found.append(f"{own}: {slip}; chat messages will be refused")
     if _launched_with("DeepSpeed"):
         found.append("under DeepSpeed no checkpoints are written, since its own are pickled; FSDP 2 has them")

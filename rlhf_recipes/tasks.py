@@ -232,7 +232,8 @@ def optional_gold(task: types.ModuleType, prompts: Dataset | None = None) -> Cal
         return None
     gold = task_function(task, "gold_reward")
     if prompts is not None:
-        reward_arguments(gold, dict.fromkeys((*_GIVEN, *prompts.column_names)))
+        columns = [name for name in prompts.column_names if name not in ("prompt", "input_ids")]
+        reward_arguments(gold, dict.fromkeys((*columns, *_GIVEN)))
     return gold
 
 
@@ -261,7 +262,7 @@ def reward_arguments(function: Callable[..., Any], given: dict[str, Any]) -> tup
         given = {name: value for name, value in given.items() if name not in _GIVEN}
     missing = [p.name for p in named if p.default is p.empty and p.name not in given and p not in by_position[: len(arguments)]]
     if missing:
-        columns = ", ".join(name for name in given if name not in (*_GIVEN, "prompt", "input_ids")) or "none"
+        columns = ", ".join(name for name in given if name not in _GIVEN) or "none"
         raise RecipeError(
             f"the reward function `{getattr(function, '__name__', function)}` has the parameter `{missing[0]}`, which is "
             f"neither `prompts`, `completions` or `completion_ids` nor another column of load_prompts ({columns}); rename "

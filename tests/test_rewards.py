@@ -4,9 +4,11 @@ import asyncio
 import json
 import math
 import time
+import types
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
@@ -16,7 +18,7 @@ from rlhf_recipes.recipe import RecipeError, load_recipe
 from rlhf_recipes.rewards import FunctionReward, ModelReward, RewardError, Rewards, Samples, Term
 from rlhf_recipes.roles import build_roles, load_model_reward
 from rlhf_recipes.runs import Run
-from rlhf_recipes.tasks import load_task
+from rlhf_recipes.tasks import load_task, optional_gold
 
 PROMPTS, TEXTS = ["the film was", "the plot", "a"], [" great", " dull and poor", ""]
 
@@ -119,6 +121,16 @@ def test_a_parameter_that_nothing_gives_is_named_with_the_columns_there_are(toke
         RecipeError, match=rf"has the parameter `{parameter}`, which is neither .* of load_prompts \(stars, id\)"
     ):
         by_function(function)(samples_of(tokenizer, stars=[1, 2, 3], id=[1, 2, 3]))
+
+
+def test_a_gold_reward_is_asked_for_its_parameters_before_a_run():
+    task, prompts = types.ModuleType("task"), Dataset.from_list([{"prompt": "a", "input_ids": [1], "stars": 3}])
+    assert optional_gold(task, prompts) is None
+    task.gold_reward = lambda completions, stars: stars
+    assert optional_gold(task, prompts) is task.gold_reward
+    task.gold_reward = lambda completions, prompt: prompt  # rewards get `prompts`
+    with pytest.raises(RecipeError, match=r"has the parameter `prompt`, which is neither .* \(stars\)"):
+        optional_gold(task, prompts)
 
 
 def test_slow_functions_are_called_once_a_batch_and_waited_for_together(tokenizer):

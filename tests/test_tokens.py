@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 
 import pytest
 from datasets import Dataset
@@ -19,6 +20,7 @@ from rlhf_recipes.data import (
     tokenize_pairs,
     tokenize_prompts,
 )
+from rlhf_recipes.evaluation import sample_texts
 from rlhf_recipes.preferences import tokenize_preferences
 from rlhf_recipes.preflight import check
 from rlhf_recipes.recipe import RecipeError, load_recipe
@@ -163,6 +165,30 @@ def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"config.json: cannot be read"):
         end_token_ids(tokenizer, tmp_path)
+
+
+def test_a_completion_ends_at_the_first_of_the_models_ends(tiny):
+    """Phi's template writes its turn's end, and after the last turn the tokenizer's eos."""
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}</s>"
+    ask, turn, eos = [{"role": "user", "content": "a"}], tokenizer.bos_token_id, tokenizer.eos_token_id
+    words = tokenizer("the film", add_special_tokens=False)["input_ids"]
+    assert encode_pair(tokenizer, ask, "the film")[1] == [*words, turn, eos]
+    assert encode_pair(tokenizer, ask, "the film", [eos, turn])[1] == [*words, turn]
+    rows = Dataset.from_list([{"prompt": ask, "chosen": "the film", "rejected": "the"}])
+    assert tokenize_pairs(rows, tokenizer, False, [eos, turn])[0]["chosen_ids"][-len(words) :] == words
+    assert encode_pair(tokenizer, "a", "the film<s>", [eos, turn])[1] == [*words, turn]  # text has its end already
+
+
+def test_a_backbone_without_bos_writes_texts_without_prompts(roles, tiny):
+    tokenizer = roles.tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    special = {"eos_token": "</s>", "pad_token": "<pad>"}
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special)
+    assert without("")["input_ids"] == []
+    [row] = sample_texts(roles.policy, without, types.ModuleType("task"), load_recipe(tiny))
+    assert row["prompt"] == ""
+    assert row["completion"]
 
 
 def test_the_recipe_names_the_end(tiny):
