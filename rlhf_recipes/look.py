@@ -3,7 +3,6 @@
 Of heavy packages only `datasets` is imported, and nothing is fetched or tokenised for good. What task.py imports is its own.
 """
 
-import inspect
 import signal
 import threading
 import types
@@ -72,7 +71,7 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
                     dataset = _here(load_dataset, task, function, split)
                     looked.append(f"{at} {len(dataset)} rows")
                     if function == "load_prompts":
-                        _usable(task, functions, [name for name in dataset.column_names if name != "prompt"])
+                        _usable(task, functions, [name for name in dataset.column_names if name not in ("prompt", "input_ids")])
                     if stage in ("sft", "reward") and not recipe.stages[section_of(stage)].get("packing"):
                         at = f"the lengths of {at}"
                         seen.longest = max(filter(None, (seen.longest, _longest_row(recipe, dataset))), default=None)
@@ -190,38 +189,17 @@ def _named(recipe: Recipe, stage: str, functions: list[str]) -> None:
 def _usable(task: types.ModuleType, functions: list[str], columns: list[str] | None) -> None:
     """
     Args:
-        columns: of the prompts, beside `prompt`; None where they are not known yet, which any are.
+        columns: of the prompts; None where they are not known yet, which any are.
 
     Raises:
-        RecipeError: one is not there, or cannot be called with prompts, completions and these columns.
+        RecipeError: a function is not there, or has a parameter that nothing gives.
     """
-    from rlhf_recipes.tasks import task_function
+    from rlhf_recipes.tasks import GIVEN, reward_arguments, task_function
 
     for name in functions:
         function = task_function(task, name)
-        with suppress(ValueError, TypeError):  # of a builtin or a class's instance nobody knows
-            signature = inspect.signature(function)
-            extra: dict[str, Any] = {column: [] for column in columns or []}
-            if not any(
-                _binds(signature, *args, **kwargs, **extra)
-                for args, kwargs in (
-                    (([], []), {}),
-                    ((), {"prompts": [], "completions": []}),
-                )
-            ):
-                with_columns = f", and the columns {', '.join(extra)} by name" if extra else ""
-                raise RecipeError(
-                    f"{task.__file__}: `{name}{signature}` cannot be called with prompts and completions{with_columns}; write "
-                    f"`def {name}(prompts, completions, **columns)`"
-                )
-
-
-def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
+        if columns is not None:
+            reward_arguments(function, dict.fromkeys((*GIVEN, *columns)))
 
 
 # --- pairs and lengths -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ COLUMNS = {
     "load_demonstrations": [{"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"}],
 }
 _MESSAGES = ("prompt", "chosen", "rejected", "completion", "messages")
-_GIVEN = ("prompts", "completions", "completion_ids")  # to a python reward, under the names of TRL's GRPO
+GIVEN = ("prompts", "completions", "completion_ids")  # to a python reward, under the names of TRL's GRPO
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names, which no chat template knows
 
 
@@ -233,7 +233,7 @@ def optional_gold(task: types.ModuleType, prompts: Dataset | None = None) -> Cal
     gold = task_function(task, "gold_reward")
     if prompts is not None:
         columns = [name for name in prompts.column_names if name not in ("prompt", "input_ids")]
-        reward_arguments(gold, dict.fromkeys((*columns, *_GIVEN)))
+        reward_arguments(gold, dict.fromkeys((*columns, *GIVEN)))
     return gold
 
 
@@ -257,12 +257,12 @@ def reward_arguments(function: Callable[..., Any], given: dict[str, Any]) -> tup
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     arguments: list[Any] = []
     two = len(by_position) >= 2 or (not takes_all and any(p.kind is p.VAR_POSITIONAL for p in parameters))
-    if two and not {p.name for p in named} & {*_GIVEN} and not {p.name for p in by_position[:2]} & given.keys():
+    if two and not {p.name for p in named} & {*GIVEN} and not {p.name for p in by_position[:2]} & given.keys():
         arguments = [given["prompts"], given["completions"]]
-        given = {name: value for name, value in given.items() if name not in _GIVEN}
+        given = {name: value for name, value in given.items() if name not in GIVEN}
     missing = [p.name for p in named if p.default is p.empty and p.name not in given and p not in by_position[: len(arguments)]]
     if missing:
-        columns = ", ".join(name for name in given if name not in _GIVEN) or "none"
+        columns = ", ".join(name for name in given if name not in GIVEN) or "none"
         raise RecipeError(
             f"the reward function `{getattr(function, '__name__', function)}` has the parameter `{missing[0]}`, which is "
             f"neither `prompts`, `completions` or `completion_ids` nor another column of load_prompts ({columns}); rename "

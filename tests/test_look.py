@@ -48,11 +48,11 @@ PAIR = {"prompt": "the film", "chosen": " was great", "rejected": " was dull"}
     ("stage", "code", "overrides", "message"),
     [
         ("ppo", "", FUNCTION | {"reward.function": "wrody"}, "needs a function `wrody`; did you mean `wordy`?"),
-        ("evaluate", "\ndef one(text): return 1.0\n", FUNCTION | {"reward.function": "one"}, "`one(text)` cannot be called"),
-        ("a2c", "\ndef gold_reward(prompts): return [1.0]\n", {}, "`gold_reward(prompts)` cannot be called"),
-        ("ppo", "\ndef strict(prompts, completions): return [1.0]\n_load = load_prompts\ndef load_prompts(split):\n"
+        ("evaluate", "\ndef one(text): return 1.0\n", FUNCTION | {"reward.function": "one"}, "has the parameter `text`"),
+        ("a2c", "\ndef gold_reward(completions, stars): return [1.0]\n", {}, "has the parameter `stars`"),
+        ("ppo", "\ndef strict(completions, anwser): return [1.0]\n_load = load_prompts\ndef load_prompts(split):\n"
                 "    return _load(split).add_column('answer', ['x'] * 48)\n", FUNCTION | {"reward.function": "strict"},
-         "cannot be called with prompts and completions, and the columns answer by name"),
+         "another column of load_prompts (answer)"),
         ("ppo", "\ndef load_prompts(split): return Dataset.from_dict({'text': ['a']})\n", {},
          "`load_prompts('eval')` has the columns ['text'], expected prompt"),
         ("reward", "\n_all = load_preferences\ndef load_preferences(split):\n"
