@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import Ends, encode_completion, encode_prompt, is_chat, pad_left
+from rlhf_recipes.data import Ends, encode_pair, encode_prompt, is_chat, pad_left, template_of
 from rlhf_recipes.engines import is_sharded
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
@@ -48,8 +48,8 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
     check_tokens(roles.tokenizer, roles.backbone, recipe)
     longest = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
     _check_positions(roles.backbone, longest, "`data.max_prompt_tokens` + `data.max_completion_tokens`", recipe)
-    if is_chat(prompts[0]["prompt"]):
-        encode_completion(roles.tokenizer, prompts[0]["prompt"], "An answer.")  # raises where stages would see other tokens
+    if is_chat(prompts[0]["prompt"]):  # raises where stages would see other tokens
+        encode_pair(roles.tokenizer, prompts[0]["prompt"], "An answer.", list(roles.ends.tokens), template_of(prompts[0]))
     judged = complete(roles.policy, roles, prompts, recipe)
     kl = judged.kl.abs().max().item()
     if not kl <= ROUNDING[torch.float32]:

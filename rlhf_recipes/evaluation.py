@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_recipes.data import Ends, pad_left, prompt_ids, prompt_text, tokenize_prompts
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.recipe import Recipe, RecipeError
-from rlhf_recipes.rewards import AdapterReward, FunctionReward, RewardError, Samples, run_async
+from rlhf_recipes.rewards import AdapterReward, FunctionReward, Samples, run_async
 from rlhf_recipes.roles import Reference, Roles
 from rlhf_recipes.runs import Run
 from rlhf_recipes.runtime import progress_bar, stop_together
@@ -125,7 +125,7 @@ def complete(
             torch.manual_seed(seed * 1_000_003 + at)
             try:
                 judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
-            except RewardError as error:
+            except RecipeError as error:
                 failure = error
                 break
     stop_together(failure)

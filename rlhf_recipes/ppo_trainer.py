@@ -44,9 +44,9 @@ from rlhf_recipes.objective import (
     weighted_token_kl,
     whitening_scale,
 )
-from rlhf_recipes.recipe import Recipe, StoppedError
+from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
 from rlhf_recipes.resumable import Resumable
-from rlhf_recipes.rewards import RewardError, Rewards, Samples, Scores
+from rlhf_recipes.rewards import Rewards, Samples, Scores
 from rlhf_recipes.roles import Roles, SyncedReference, ValueAdapter, ValueHead
 from rlhf_recipes.runtime import stop_together
 from rlhf_recipes.sampling import ResponseOutput, Sampled, predicting_inputs, response_forward, sample_completions
@@ -414,7 +414,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         args, scores, failure = self.args, None, None
         try:
             scores = self.reward_model(samples, args.local_rollout_forward_batch_size, prefix=args.reward_baseline)
-        except RewardError as error:
+        except RecipeError as error:
             failure = error
         stop_together(failure)
         assert scores is not None

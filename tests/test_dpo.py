@@ -9,7 +9,7 @@ import torch
 import trl
 
 from rlhf_recipes.configs import DPOConfig, stage_config
-from rlhf_recipes.data import tokenize_prompts
+from rlhf_recipes.data import load_tokenizer, tokenize_prompts
 from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, first_loss
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.preferences import load_pairs
@@ -118,9 +118,11 @@ def test_the_loss_at_the_start_is_log_2_and_the_margin_the_papers(pairs, tiny, r
         assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(math.log(2), abs=1e-5)
 
 
-def uneven(pairs):
+def uneven(pairs, tiny):
     """Prompts of several lengths, and rejected completions that are shorter than the chosen ones."""
-    return load_pairs(pairs / "pairs.jsonl", 300).map(lambda row: {"rejected_ids": row["rejected_ids"][:3]})
+    recipe = load_recipe(tiny)
+    made = load_pairs(pairs / "pairs.jsonl", 300, load_tokenizer(recipe), recipe)
+    return made.map(lambda row: {"rejected_ids": row["rejected_ids"][:3]})
 
 
 def make_fresh(roles):
@@ -158,7 +160,7 @@ SEEN_ALIKE = [
 
 @pytest.mark.parametrize("overrides", SEEN_ALIKE, ids=str)
 def test_policy_and_reference_see_the_same_tokens_and_weights(overrides, pairs, tiny, roles, tmp_path):
-    dataset, known, trls = uneven(pairs), {}, {"precompute_ref_log_probs": False, "precompute_ref_batch_size": None}
+    dataset, known, trls = uneven(pairs, tiny), {}, {"precompute_ref_log_probs": False, "precompute_ref_batch_size": None}
     for way in ({}, trls):  # of a policy that has moved: TRL's own way to the reference, and the one that is precomputed
         loss, trainer = first_loss_of(roles, tiny, tmp_path, dataset, **overrides | way)
         known[len(way)] = [loss, *(trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected"))]
@@ -188,7 +190,9 @@ def test_the_first_loss_of_every_kind(loss_type, pairs, tiny, roles, tmp_path):
     """The table against TRL; sft's is the policy's own cross-entropy."""
     make_fresh(roles)
     smoothing = 0.1 if loss_type in SMOOTHED else 0.0
-    loss, _ = first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, loss_type=[loss_type], label_smoothing=smoothing)
+    loss, _ = first_loss_of(
+        roles, tiny, tmp_path, uneven(pairs, tiny), fresh=True, loss_type=[loss_type], label_smoothing=smoothing
+    )
     assert loss == pytest.approx(first_loss(loss_type, 0.05, smoothing), rel=1e-4, abs=1e-4)
 
 
@@ -197,9 +201,9 @@ def test_a_policy_that_does_not_start_as_the_reference_is_stopped(pairs, tiny, r
     with pytest.raises(
         StoppedError, match=r"the log-ratios of chosen and rejected are 0 and the loss 0\.693147, and the first"
     ):
-        first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True)
+        first_loss_of(roles, tiny, tmp_path, uneven(pairs, tiny), fresh=True)
     with pytest.raises(StoppedError, match="0, and the first batch has"):  # where the loss has no known start
-        first_loss_of(roles, tiny, tmp_path, uneven(pairs), fresh=True, use_weighting=True)
+        first_loss_of(roles, tiny, tmp_path, uneven(pairs, tiny), fresh=True, use_weighting=True)
     right = DPOTrainer.reference_logps
     monkeypatch.setattr(DPOTrainer, "reference_logps", lambda self, *args: right(self, *args) + 0.1)
     with pytest.raises(SystemExit) as stop:
@@ -213,8 +217,8 @@ def test_a_policy_that_does_not_start_as_the_reference_is_stopped(pairs, tiny, r
 def test_label_smoothing_of_the_sigmoid_loss(expected, pairs, tiny, roles, tmp_path):
     """cDPO: -(1 - e) log sigmoid(z) - e log sigmoid(-z). With expected labels a pair has its own p besides, and the label is
     wrong with p (1 - e) + (1 - p) e."""
-    dataset = uneven(pairs).map(lambda row: {"label_smoothing": expected})
-    plain = uneven(pairs)
+    dataset = uneven(pairs, tiny).map(lambda row: {"label_smoothing": expected})
+    plain = uneven(pairs, tiny)
     lose = torch.nn.functional.logsigmoid
     for e in (0.0, 0.2):
         loss, _ = first_loss_of(roles, tiny, tmp_path, dataset, label_smoothing=e)
