@@ -145,7 +145,8 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, ends: Ends, re
         labels = batch.pop("labels")
         said, logits = model(**batch, labels=labels), model(**batch).logits.float()
         balance = getattr(said, "aux_loss", None)
-        loss = (said.loss - (0 if balance is None else base.config.get_text_config().router_aux_loss_coef * balance)).item()
+        coefficient = getattr(base.config.get_text_config(), "router_aux_loss_coef", None) or 0
+        loss = (said.loss - (0 if balance is None else coefficient * balance)).item()
         own = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
         if not abs(loss - own) <= allowed * (1 + abs(own)):
             raise RecipeError(

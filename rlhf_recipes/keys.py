@@ -28,6 +28,7 @@ OWNER_OF = {
     "model_init_kwargs": "model",
     "trust_remote_code": "model.trust_remote_code",
     "pad_token": "model.pad_token",
+    "eos_token": "model.eos_token",
     "chat_template_path": "model.chat_template",
     "sft_model_path": "model.path",
     "reward_model_path": "reward.model",
@@ -130,12 +131,10 @@ _REFUSED = {
     "sft": {
         "dataset_text_field": "`load_demonstrations` gives the column `text`",
         "dataset_kwargs": "`load_demonstrations` gives the data as they are to be trained on",
-        "eos_token": _AT_EOS,
         **dict.fromkeys(_UNREAD_EVALUATION, _LOSS_ALONE),
     },
     "reward_training": _OF_PAIRS
     | {
-        "eos_token": "pairs are tokenised before TRL sees them; whether the reward model reads an end says `reward.read_eos`",
         "use_liger_kernel": "there is no loss over the vocabulary that it could fuse",
         "liger_kernel_config": "there is no loss over the vocabulary that it could fuse",
     },

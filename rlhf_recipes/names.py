@@ -25,6 +25,7 @@ _MEANT_BY = {
         "num_generations num_return_sequences n_samples_per_prompt rloo_k num_samples best_of"
     ),
     "sampling.temperature": "temperature",
+    "sampling.stop": "stop stop_strings stop_sequences stop_words stop_token stop_token_id",
     "lora.r": "lora_r lora_rank rank lora_dim",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",

@@ -481,6 +481,7 @@ SHARED = {
     "model.quantization": ("ppo", Refused("4bit", "computes in bfloat16")),
     "model.attention": ("ppo", built("eager", lambda seen: seen.trainer.roles.policy.config._attn_implementation)),
     "model.pad_token": ("ppo", built("<s>", lambda seen: seen.trainer.processing_class.pad_token)),
+    "model.eos_token": ("ppo", Elsewhere("<s>", "test_tokens.py")),
     "model.chat_template": ("ppo", Elsewhere("x.jinja", "test_chitchat.py")),
     "model.save_dtype": ("sft", Elsewhere("bfloat16", "test_merge.py")),
     "model.architecture": ("sft", built(HIDDEN_24, weights, **{"sft.from_scratch": True})),
@@ -488,6 +489,15 @@ SHARED = {
     "lora.alpha": ("ppo", in_metrics(32)),
     "lora.dropout": ("reward_training", in_metrics(0.5)),
     "lora.target_modules": ("ppo", in_metrics(["q_proj"])),
+    **{
+        f"lora.{key}": ("ppo", Elsewhere(value, "test_lora_fields.py"))
+        for key, value in {
+            "exclude_modules": ["v_proj"], "target_parameters": ["mlp.down_proj.weight"], "layers_to_transform": 1,
+            "layers_pattern": "layers", "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
+            "modules_to_save": ["lm_head"], "trainable_token_indices": [5], "use_rslora": True, "use_dora": True,
+            "lora_bias": True, "init_lora_weights": "gaussian",
+        }.items()
+    },
     "reward.adapter": ("ppo", Refused("./nowhere", "no such folder")),
     "reward.model": ("ppo", in_metrics("foreign", **{"reward.label": "good"})),
     "reward.function": ("ppo", in_metrics("gold_reward")),
@@ -510,11 +520,13 @@ SHARED = {
     "data.max_prompt_tokens": ("ppo", in_metrics(4)),
     "data.max_completion_tokens": ("ppo", in_metrics(3)),
     "sampling.temperature": ("ppo", in_metrics(0.5)),
+    "sampling.stop": ("ppo", Elsewhere(["x"], "test_roles.py")),
     "run.seed": ("ppo", in_metrics(1)),
     "run.tracker": ("ppo", Elsewhere("wandb", "test_scripts.py")),
     "run.project": ("ppo", Elsewhere("x", "test_sweep.py")),
     "run.group": ("ppo", Elsewhere("x", "test_sweep.py")),
     "run.name": ("ppo", Elsewhere("x", "test_scripts.py")),
+    "run.trial": ("ppo", Elsewhere(True, "test_yardstick.py")),
     "run.resume": ("ppo", Elsewhere("latest", "test_resume.py")),
     "run.max_skipped_steps": ("ppo", Elsewhere(1, "test_resume.py")),
     "run.output": ("ppo", Elsewhere("x", "test_scripts.py")),
