@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.environment import waiting
 from rlhf_recipes.recipe import DEFAULT_RECIPE
 from rlhf_recipes.runtime import progress_bar
 
@@ -52,8 +53,9 @@ def measure(work: Work) -> dict[str, Any]:
         BenchmarkError: the process failed.
     """
     command = [sys.executable, "-m", "rlhf_recipes.benchmark_worker", json.dumps(asdict(work))]
+    own = waiting() if work.side == "ours" else {}  # as a script of ours sets it before torch is imported
     done = subprocess.run(  # noqa: S603 - a module of ours
-        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        command, capture_output=True, text=True, env=os.environ | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

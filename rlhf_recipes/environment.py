@@ -25,13 +25,25 @@ _DECIDED_ELSEWHERE = {
 
 def prepare() -> None:
     """Before anything is printed, and before torch is imported."""
+    tolerate_output()
+    os.environ |= waiting()
+
+
+def tolerate_output() -> None:
+    """Nothing that is printed ends the process, whatever the terminal can show and whoever still reads it."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:  # not what a notebook or a test puts there
             setattr(sys, name, _Output(stream))
-    # libgomp reads it once, as it is loaded
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def waiting() -> dict[str, str]:
+    """How threads wait for each other, unless the environment says so: asleep.
+
+    libgomp's own spin for milliseconds, on a core that the thread they wait for may need: beside one other busy process on two
+    cores the default job falls to a tenth (benchmarks/busy.py). It reads the variable once, as it is loaded.
+    """
+    return {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else {"OMP_WAIT_POLICY": "passive"}
 
 
 class _Output(io.TextIOWrapper):
@@ -106,7 +118,7 @@ def fail(line: str, code: int) -> NoReturn:
     """
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
-        time.sleep(3 + 0.5 * int(local))
+        time.sleep(10 + 0.5 * int(local))
         line = f"process {rank}: {line}"
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

@@ -23,7 +23,7 @@ KINDS = {"": ("ppo", "float32", "float32"), "-bfloat16": ("ppo", "bfloat16", "fl
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    environment.prepare()
+    environment.tolerate_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=["imdb", "wide"], default=["imdb", "wide"])
     parser.add_argument("--model", help="a folder or a Hub id of a causal LM to measure instead of the shapes")

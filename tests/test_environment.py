@@ -260,7 +260,7 @@ def test_of_several_processes_the_first_speaks_and_one_that_alone_fails_after_a_
         assert stop.value.code == 3
         assert capsys.readouterr().err == said + "\n"
         assert json.loads((tmp_path / "error.json").read_text())["message"] == said
-    assert waited == [3]
+    assert waited == [10]
 
 
 def test_timing_has_seconds_and_tokens_a_second(tiny, tmp_path):
@@ -328,3 +328,30 @@ def test_wandbs_variables(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DISABLED", "true")
     Tracker(recipe, "ppo", tmp_path).log({"x": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeypatch, capsys, tmp_path):
+    from benchmarks import busy
+
+    speeds = {("default", 2, False): 26.0, ("default", 2, True): 13.0, ("default", 1, False): 16.0, ("A=1", 2, False): 28.0,
+              ("A=1", 2, True): 2.0}  # fmt: skip
+    started = []
+
+    class Process:
+        def __init__(self, words):
+            started.append(words[-1])
+            self.kill = self.wait = lambda: started.append(None) if started[-1] is not None else None
+
+    def measured(cores, setting, updates):
+        return [speeds[setting, len(cores), bool(started) and started[-1] is not None]] * updates
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 7, 9})
+    monkeypatch.setattr(busy, "episodes_a_second", measured)
+    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(Popen=Process))
+    figures = busy.main(["--settings", "default", "A=1", "--json", str(tmp_path / "figures.json")])
+    assert figures["default, one taken"] == {"episodes_per_second": 13.0, "to_one_free_core": 13 / 16, "to_free": 0.5}
+    assert figures["A=1, one taken"]["to_one_free_core"] == 2 / 16
+    assert figures["A=1, free"]["to_free"] == 28 / 26
+    assert {core for core in started if core} == {"7"}
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert "| default, one taken | 13.0 | 13.0 | 13.0 | 0.81 | 0.50 |" in capsys.readouterr().out

@@ -66,3 +66,17 @@ def test_the_scripts_exit_code_and_line_arrive(code, processes, recipe, tmp_path
     assert (tmp_path / "outputs").exists() == (code != 2)
     if code == 75:
         assert (tmp_path / "outputs/tiny/ppo/it/checkpoint-1/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("processes", CONFIGS)
+def test_what_accelerate_makes_of_it(processes, recipe, tmp_path):
+    """As docs/interruptions.md has it."""
+    words, line = ENDS[2]
+    done = launched(ACCELERATES, processes, recipe, tmp_path / "outputs", *words)
+    assert done.returncode == 1
+    lines = done.stderr.rstrip().splitlines()
+    assert line in lines
+    if processes == 1:
+        assert lines[-1].endswith("returned non-zero exit status 2.")
+    else:
+        assert lines[-2].endswith(f"traceback : {line}")

@@ -71,6 +71,7 @@ def test_shipped_sweeps_are_wandbs_and_expand_to_commands_that_resolve(file, tmp
         chosen = {name: {"value": value} for name, value in (sweep.fixed | point | {"run.seed": seed}).items()}
         arguments = create_sweep_command_args({"args": chosen})["args"]
         replaced = {"${args}": arguments, "${env}": ["/usr/bin/env"], "${program}": [content["program"]]}
+        replaced["${interpreter}"] = [sys.executable]  # wandb's agent says `python`
         agent = [w for part in create_sweep_command(list(content["command"])) for w in replaced.get(part, [part])]
         assert sweep.words(point, seed)[: len(agent)] == agent
         line = parse_command_line(agent[agent.index(content["program"]) + 1 :])
