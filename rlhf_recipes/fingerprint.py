@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def recorded_fingerprint(folder: Path) -> dict[str, Any] | None:
     for run in (folder, folder.parent):
         about = _read(run / RUN)
         if "fingerprint" in about:
-            return about.get("policy") if about.get("stage") == "merge" else about["fingerprint"]
+            return _sound(about.get("policy") if about.get("stage") == "merge" else about["fingerprint"])
         if (run / RESOLVED).is_file():
             stage = about.get("stage") or _read(run / SUMMARY).get("stage") or run.parent.name
             if stage not in _JUDGED:
@@ -213,6 +214,25 @@ def recorded_fingerprint(folder: Path) -> dict[str, Any] | None:
             except (RecipeError, OSError, yaml.YAMLError):  # of other keys than today's, or its files are gone
                 return None
     return None
+
+
+def _sound(recorded: Any) -> dict[str, Any] | None:
+    """A fingerprint as it came from a file, perhaps a stranger's: None where it is not of the shape written here, or holds
+    what a terminal would obey."""
+    parts = parts_of(recorded) if isinstance(recorded, dict) else {}
+    kinds = {"reward": dict, "beta": int | float, "sampling": dict, "backbone": dict, "data": dict}
+    terms = parts.get("reward", {}).get("terms", []) if isinstance(parts.get("reward", {}), dict) else None
+    whole = (
+        all(isinstance(part, kinds.get(name, object)) for name, part in parts.items())
+        and isinstance(terms, list)
+        and all(
+            isinstance(t, dict) and isinstance(t.get("weight", 1), int | float) and {"kind", "path"} <= t.keys() for t in terms
+        )
+        and ("reward" not in parts or {"beta", "backbone"} <= parts.keys())
+        and (text := json.dumps(recorded, ensure_ascii=False)).isprintable()
+        and re.search(r"\\u00[01]", text) is None  # as JSON writes control characters
+    )
+    return recorded if parts and whole else None
 
 
 def _read(file: Path) -> dict[str, Any]:

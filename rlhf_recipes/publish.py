@@ -195,9 +195,8 @@ def objective_text(policy: dict[str, Any] | None) -> str:
     return f" to maximise E[r] - {parts['beta']:g} KL from its backbone, with the reward r = {reward},"
 
 
-def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str, list[str]]:
-    """The model card: where it comes from, how good it is, and everything needed to make it again; and a line for each
-    evaluation that is not on it."""
+def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
+    """The model card: where it comes from, how good it is, and everything needed to make it again."""
     summary = json.loads((adapter / SUMMARY).read_text(encoding="utf-8")) if (adapter / SUMMARY).is_file() else {}
     values = summary.get("stage", "?"), summary.get("seed", recipe.run.seed)
     stage, seed = (markdown_text(str(value)) for value in values)  # a stranger's, perhaps
@@ -209,7 +208,7 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str,
         front["base_model"] = recipe.model.path
     versions = ", ".join(f"{package} {version(package)}" for package in ("trl", "transformers", "peft", "torch"))
     policy = recorded_fingerprint(adapter)
-    evaluation, passed = own_evaluation(recipe, adapter, policy)
+    evaluation, _ = own_evaluation(recipe, adapter, policy)
     table = evaluation_table(evaluation, summary) or ["This policy has not been evaluated: `scripts/evaluate.py` does it."]
     judged_by = parts_of(evaluation["judged_by"] if evaluation else _end_of_run(resolved))
     if "reward" in judged_by and (policy is None or of_pairs(policy)) and (evaluation or "policy" in summary):
@@ -225,7 +224,7 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> tuple[str,
         f"Saved in {recipe.model.save_dtype}. Log-probabilities of the next token are within {checked['difference']:.2g} nats "
         f"of those of backbone and adapter (tokens within e^-10 of the likeliest), a KL of {checked['kl']:.2g} nats.", "",
         "## Recipe", "", fenced(source.strip(), "yaml"), "",
-    ]), passed  # fmt: skip
+    ])  # fmt: skip
 
 
 def _end_of_run(resolved: Path) -> dict[str, Any] | None:

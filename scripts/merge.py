@@ -15,7 +15,7 @@ def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, pad_left, tokenize_prompts
     from rlhf_recipes.fingerprint import recorded_fingerprint
-    from rlhf_recipes.publish import MODEL, adapter_to_merge, card, merge, upload
+    from rlhf_recipes.publish import MODEL, adapter_to_merge, card, merge, own_evaluation, upload
     from rlhf_recipes.runs import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
@@ -29,10 +29,10 @@ def main(recipe: Recipe) -> dict:
     address = None
     if run.main:
         checked = merge(run, tokenizer, adapter, *queries)
-        text, passed = card(recipe, adapter, checked)
-        (run.folder / MODEL / "README.md").write_text(text, encoding="utf-8")
-        run.record({"policy": recorded_fingerprint(adapter)})
-        for line in passed:
+        (run.folder / MODEL / "README.md").write_text(card(recipe, adapter, checked), encoding="utf-8")
+        policy = recorded_fingerprint(adapter)
+        run.record({"policy": policy})
+        for line in own_evaluation(recipe, adapter, policy)[1]:
             run.say(line)
         if recipe.merge.push:
             address = upload(run.folder / MODEL, recipe.merge.push, recipe.merge.private)

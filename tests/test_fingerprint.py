@@ -119,3 +119,20 @@ def test_a_hub_id_and_a_folder_may_be_the_same_backbone(tiny):
     assert another_backbone(on("a", "2"), on("a", "1")) == "the backbone a (2), and here (1)"
     assert another_backbone(on("org/a", None), on("org/b", None)) == "the backbone org/a, and here org/b"
     assert another_backbone(None, on("a", "1")) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reward": "x"}, {"reward": {"terms": "x"}}, {"reward": {"terms": [{"kind": "adapter"}]}}, {"beta": "0.1"},
+        {"backbone": []}, {"backbone": {"path": "a\x9b2J"}},
+        {"reward": {"terms": [{"kind": "adapter", "path": "\x1b[2J", "weight": 1}]}},
+        {"reward": {"terms": [{"kind": "adapter", "path": "a", "weight": "1"}]}},
+    ],
+)  # fmt: skip
+def test_a_strangers_record_of_another_shape_says_nothing(change, tiny, tmp_path):
+    whole = of(tiny)
+    named = whole["parts"] | {"backbone": {"path": "é/中文", "content": None}}
+    for parts, known in ((whole["parts"], True), (named, True), (whole["parts"] | change, False)):
+        (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "fingerprint": {"parts": parts}}))
+        assert bool(recorded_fingerprint(tmp_path)) == known

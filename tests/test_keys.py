@@ -335,7 +335,7 @@ def observe(section, values, place, recipe, key):
     from rlhf_recipes.resumable import Resumable
 
     said = json.dumps([section, key.trained, values, str(recipe)], sort_keys=True)
-    if said in KNOWN and key.look in (metrics, files):
+    if said in KNOWN:
         return key.look(KNOWN[said])
     stage, name, passes = stage_of(section), f"run-{len(list(place.iterdir()))}", []
     train, forward = Resumable.train, LlamaMLP.forward
@@ -366,8 +366,7 @@ def observe(section, values, place, recipe, key):
             importlib.import_module(f"scripts.{stage}").main(["--recipe", str(recipe), *words])
         except AtTrainingError as stopped:
             seen = stopped.args[0]
-    if key.look in (metrics, files):
-        KNOWN[said] = seen
+    KNOWN[said] = seen
     return key.look(seen)
 
 
@@ -492,14 +491,22 @@ SHARED = {
     **{
         f"lora.{key}": ("ppo", Elsewhere(value, "test_lora_fields.py"))
         for key, value in {
-            "exclude_modules": ["v_proj"], "target_parameters": ["mlp.down_proj.weight"], "layers_to_transform": 1,
-            "layers_pattern": "layers", "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1.0},
-            "modules_to_save": ["lm_head"], "trainable_token_indices": [5], "use_rslora": True, "use_dora": True,
-            "lora_bias": True, "init_lora_weights": "gaussian",
+            "exclude_modules": ["v_proj"],
+            "target_parameters": ["mlp.down_proj.weight"],
+            "layers_to_transform": 1,
+            "layers_pattern": "layers",
+            "rank_pattern": {"q_proj": 1},
+            "alpha_pattern": {"q_proj": 1.0},
+            "modules_to_save": ["lm_head"],
+            "trainable_token_indices": [5],
+            "use_rslora": True,
+            "use_dora": True,
+            "lora_bias": True,
+            "init_lora_weights": "gaussian",
         }.items()
     },
     "reward.adapter": ("ppo", Refused("./nowhere", "no such folder")),
-    "reward.model": ("ppo", in_metrics("foreign", **{"reward.label": "good"})),
+    "reward.model": ("ppo", Key("foreign", metrics, along={"reward.label": "good"})),
     "reward.function": ("ppo", in_metrics("gold_reward")),
     "reward.name": ("ppo", in_metrics("other", **{"reward.terms": None, "reward.adapter": "checkpoints/reward"})),
     "reward.weight": ("ppo", in_metrics(2.0)),
@@ -576,9 +583,8 @@ def test_every_shared_key_has_its_effect(dotted, judged, place, tmp_path, capsys
         check_refused(section, dotted, key, judged, place, capsys)
     elif isinstance(key, Key):
         before = {f"{section}.{k}": v for k, v in COMMON[section].items()} | key.beside
-        assert observe(section, before, place, judged, key) != observe(
-            section, before | {dotted: key.value}, place, judged, key
-        )
+        after = before | key.along | {dotted: key.value}
+        assert observe(section, before, place, judged, key) != observe(section, after, place, judged, key)
     else:
         said = []
         for number, values in enumerate(({}, {dotted: key})):
