@@ -209,7 +209,7 @@ def _read_back(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTraine
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder, padding_side="left")
+        return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
 
 
 # --- one way to token ids, whichever stage asks --------------------------------------------------------------------

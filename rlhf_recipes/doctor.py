@@ -318,7 +318,9 @@ def read_back_policy(folder: Path, roles: Roles, prompts: Dataset, recipe: Recip
 
 
 @torch.no_grad()
-def read_back_backbone(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Any]) -> None:
+def read_back_backbone(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Any], trust_remote_code: bool
+) -> None:
     """The backbone and tokenizer that were saved must read ten texts as `model`, which was saved, does.
 
     Args:
@@ -327,8 +329,11 @@ def read_back_backbone(folder: Path, model: PreTrainedModel, tokenizer: PreTrain
     Raises:
         StoppedError: they do not.
     """
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device).eval()
-    again = AutoTokenizer.from_pretrained(folder)
+    saved = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    saved = saved.to(model.device).eval()
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     rows = [encode_prompt(tokenizer, text) for text in texts[:PROMPTS]]
     if [encode_prompt(again, text) for text in texts[:PROMPTS]] != rows:
         raise StoppedError(f"{folder}: the tokenizer that was saved, read back as {type(again).__name__}, gives other tokens")

@@ -59,6 +59,10 @@ def check(recipe: Recipe, stage: str) -> None:
         raise RecipeError("`evaluate.exact` divides by `objective.beta`, which is 0")
     if stage == "report":  # loads no weights
         return
+    if recipe.lora.init_lora_weights is False:
+        raise RecipeError(
+            "`lora.init_lora_weights` false: B starts at random, and a new policy is not the reference; leave it out"
+        )
     section = recipe.stages.get(section_of(stage), {})
     _check_numbers(section_of(stage), section)
     _check_machine(section_of(stage), section)

@@ -103,7 +103,9 @@ class LoraSection:
     use_rslora: bool = _key("scale by alpha / sqrt(r): arXiv 2312.03732", False)
     use_dora: bool = _key("train the weights' magnitudes apart from their directions: arXiv 2402.09353", False)
     lora_bias: bool = _key("a bias in the adapter's second matrix", False)
-    init_lora_weights: Literal[True, "gaussian"] = _key("how A starts; B starts at 0, and so the policy as the reference", True)
+    init_lora_weights: bool | Literal["gaussian"] = _key(
+        "how A starts; B starts at 0, and so the policy as the reference", True
+    )
 
 
 # PEFT's other fields.

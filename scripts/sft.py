@@ -84,7 +84,7 @@ def main(recipe: Recipe) -> dict:
     run.save_backbone(model, tokenizer)
     if run.main:
         texts = [row["prompt"] + row["completion"] for row in samples]
-        read_back_backbone(run.folder / MODEL, model, tokenizer, texts)
+        read_back_backbone(run.folder / MODEL, model, tokenizer, texts, recipe.model.trust_remote_code)
         print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title="what it writes")
     run.say(f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}")
     return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})

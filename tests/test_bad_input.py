@@ -582,7 +582,7 @@ LATE = [
     case("optimizer that is not installed", "sft", flags("--sft.optim=adamw_8bit"),
          "`sft`: TRL", "bitsandbytes"),
     case("token that the tokenizer has not", "reward", flags("--reward_training.eos_token=<end>"),
-         "`reward_training.eos_token` has no effect here"),
+         "`reward_training.eos_token` belongs to `model.eos_token`"),
     case("losses without that divergence", "dpo", flags("--preferences.source=task", "--dpo.loss_type=[aot]",
          "--dpo.f_divergence_type=js_divergence"), "f_divergence_type"),
     case("accelerator's config that is missing", "sft", flags("--sft.accelerator_config=nowhere.json"),

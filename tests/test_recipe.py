@@ -118,7 +118,7 @@ def test_every_own_key_is_read_somewhere():
     for file in [*ROOT.glob("rlhf_recipes/*.py"), *ROOT.glob("scripts/*.py")]:
         read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     for name, section in SECTIONS.items():
-        for field in dataclasses.fields(section):
+        for field in dataclasses.fields(section) if name != "lora" else ():  # PEFT's own; test_lora_fields.py tries each
             assert field.name in read, f"{name}.{field.name}"
     stage_text = "".join(file.read_text() for file in [*ROOT.glob("rlhf_recipes/*.py"), *ROOT.glob("scripts/*.py")])
     for stage, sources in CONFIG_SOURCES.items():
