@@ -186,23 +186,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def train_readable_tokenizer(texts: list[str], vocab_size: int, model_type: str) -> PreTrainedTokenizerBase:
-    """`train_tokenizer`, with at most `vocab_size` tokens also when it is saved and read back beside a model of this type:
-    transformers reads the tokenizers of some families, such as Qwen2, by a class that adds tokens of its own.
+    """`train_tokenizer` as it is read back once it is saved beside a model of this type, with at most `vocab_size` tokens.
+
+    transformers reads the tokenizers of some families by a class of theirs: Qwen2's splits words its own way and adds a token.
 
     Raises:
-        RecipeError: read back, it gives other tokens.
+        RecipeError: read back again, it gives other tokens.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     again = _read_back(tokenizer, model_type)
     if len(again) > vocab_size:
         tokenizer = train_tokenizer(texts, 2 * vocab_size - len(again))
         again = _read_back(tokenizer, model_type)
-    if len(again) > vocab_size or any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts[:10]):
+    if len(again) == len(tokenizer) and _same_tokens(again, tokenizer, texts):
+        return tokenizer
+    if len(again) > vocab_size or not _same_tokens(_read_back(again, model_type), again, texts):
         raise RecipeError(
             f"`model.architecture.model_type` {model_type}: transformers would read the tokenizer that is trained here as "
             f"{type(again).__name__}, which gives other tokens; choose another type, such as llama"
         )
-    return tokenizer if len(again) == len(tokenizer) else again
+    return again
+
+
+def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: list[str]) -> bool:
+    return all(one(text)["input_ids"] == other(text)["input_ids"] for text in texts[:100])
 
 
 def _read_back(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:

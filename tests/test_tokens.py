@@ -7,7 +7,7 @@ import types
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_recipes.data import (
     decode_completions,
@@ -19,6 +19,7 @@ from rlhf_recipes.data import (
     tokenize_demonstrations,
     tokenize_pairs,
     tokenize_prompts,
+    train_readable_tokenizer,
 )
 from rlhf_recipes.evaluation import sample_texts
 from rlhf_recipes.preferences import tokenize_preferences
@@ -203,3 +204,17 @@ def test_the_recipe_names_the_end(tiny):
     assert renamed.eos_token_id == tokenizer.get_vocab()[word]
     with pytest.raises(RecipeError, match=r"the pad token '<pad>' and the eos token '<pad>'; pad must exist and differ"):
         check(load_recipe(tiny, {"model.eos_token": "<pad>"}), "ppo")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_trained_here_is_the_one_that_is_read_back(model_type, tmp_path):
+    texts = [f"question {i}: yes, of course" for i in range(32)]
+    made = train_readable_tokenizer(texts, 300, model_type)
+    assert len(made) <= 300
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again) == len(made)
+    assert [again(text)["input_ids"] for text in texts] == [made(text)["input_ids"] for text in texts]
+    assert made.decode(made(texts[3])["input_ids"], skip_special_tokens=True) == texts[3]
+    assert len({made.pad_token_id, made.bos_token_id, made.eos_token_id}) == 3
