@@ -1,5 +1,7 @@
 """What the machine and its environment say is obeyed, or named in one line."""
 
+import errno
+import fcntl
 import importlib
 import io
 import json
@@ -149,6 +151,19 @@ def test_a_run_that_cannot_be_made_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         Run.prepare(recipe, "ppo").start()
     assert list((tmp_path / "tiny/ppo").iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_begins(tiny, tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")  # NFS without its lock daemon
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    job = Run.prepare(load_recipe(tiny, {"run.output": str(tmp_path), "run.name": "it"}), "ppo")
+    job.start()
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "no lock can be taken there (No locks available), so nothing keeps a second process out" in said
+    job.finish({})
+    assert (tmp_path / "tiny/ppo/it/summary.json").is_file()
 
 
 def test_runs_of_one_second_all_run(tiny, tmp_path, monkeypatch):
