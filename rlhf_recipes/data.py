@@ -558,9 +558,10 @@ def tokenize_prompts(
             f"batch; raise `data.max_prompt_tokens` or lower the batch size"
         )
     empty, dropped = sum(not row for row in ids), sum(len(row) > max_tokens for row in ids)
-    if dropped:
+    speaks = os.environ.get("RANK", "0") == "0"
+    if dropped and speaks:
         print(f"{dropped} of {len(ids)} prompts are longer than data.max_prompt_tokens={max_tokens} and left out")
-    if empty:
+    if empty and speaks:
         print(f"{empty} of {len(ids)} prompts are empty, with nothing that a completion could follow, and left out")
     kept = dataset.select(fits)
     if "prompt" not in dataset.column_names:

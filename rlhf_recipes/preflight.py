@@ -255,6 +255,8 @@ def _check_folder(recipe: Recipe, key: str, value: str, file: str, weights: str 
             f"(.bin, .pt) can run any code"
         )
     for found in files:
+        if not os.access(found, os.R_OK):  # safetensors saves them for their owner alone
+            raise RecipeError(f"`{key}` {value}: {found} may not be read by you; its owner can `chmod a+r` it")
         if _safetensors_header(found) is None:
             raise RecipeError(f"`{key}` {value}: {found} is cut short, or no safetensors file; copy or make it again")
 

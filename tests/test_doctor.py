@@ -99,3 +99,9 @@ def test_a_token_that_stands_for_images_needs_no_row(ready):
     assert tokens_without_row(roles.tokenizer, roles.backbone) == ["<image>"]
     roles.tokenizer.image_token = "<image>"  # noqa: S105
     assert tokens_without_row(roles.tokenizer, roles.backbone) == []
+
+
+def test_weights_that_only_their_owner_may_read_are_named(tiny, monkeypatch):
+    monkeypatch.setattr(preflight.os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
+    with pytest.raises(RecipeError, match=r"`model.path` checkpoints/backbone: .*model.safetensors may not be read by you"):
+        preflight.check(load_recipe(tiny), "ppo")

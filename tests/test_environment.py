@@ -370,3 +370,11 @@ def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeyp
     assert {core for core in started if core} == {"7"}
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     assert "| default, one taken | 13.0 | 13.0 | 13.0 | 0.81 | 0.50 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_process_of_several_prints_the_dry_run(rank, lines, tiny, tmp_path, monkeypatch, capsys):
+    for name, value in (CONNECTED | {"RANK": rank, "LOCAL_RANK": rank}).items():
+        monkeypatch.setenv(name, value)
+    run("ppo", tiny, tmp_path, "--dry-run")
+    assert capsys.readouterr().out.count("# nothing was written") == lines
