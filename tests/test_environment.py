@@ -7,6 +7,7 @@ import io
 import json
 import os
 import py_compile
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from rlhf_recipes import environment, runs, runtime
 from rlhf_recipes.recipe import followed, load_recipe
 from rlhf_recipes.runs import Run
-from rlhf_recipes.tasks import load_task
+from rlhf_recipes.tasks import load_dataset, load_task
 from rlhf_recipes.tracking import Tracker, _project
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -378,3 +380,18 @@ def test_one_process_of_several_prints_the_dry_run(rank, lines, tiny, tmp_path, 
         monkeypatch.setenv(name, value)
     run("ppo", tiny, tmp_path, "--dry-run")
     assert capsys.readouterr().out.count("# nothing was written") == lines
+
+
+def test_a_dataset_in_a_folder_that_may_not_be_written_to_is_read(tiny, tmp_path, monkeypatch):
+    place, data = shutil.copytree(tiny, tmp_path / "tiny"), tmp_path / "data"
+    code = f"\nfrom datasets import load_from_disk\ndef load_preferences(split): return load_from_disk({str(data)!r})\n"
+    load_dataset(load_task(load_recipe(place)), "load_preferences", "train").save_to_disk(data)
+    (place / "task.py").write_text((place / "task.py").read_text() + code)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data and access(path, mode))
+    try:
+        pairs = load_dataset(load_task(load_recipe(place)), "load_preferences", "train").map(lambda row: {"more": 1})
+        assert pairs["more"][:] == [1] * 48
+        assert not list(data.glob("cache-*"))
+    finally:
+        datasets.enable_caching()
