@@ -26,7 +26,7 @@ from rlhf_recipes.engines import is_sharded
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
 from rlhf_recipes.rewards import AdapterReward
-from rlhf_recipes.roles import Roles, load_policy_adapter, safetensors_only, shared_copy, with_new_adapter
+from rlhf_recipes.roles import Roles, load_policy_adapter, safetensors_only, shared_copy, tokens_without_row, with_new_adapter
 from rlhf_recipes.sampling import Sampled, model_inputs, response_forward, sample_completions
 
 PROMPTS = 10
@@ -89,11 +89,11 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, recipe: Reci
             f"({tokenizer.convert_ids_to_tokens(ends[0])!r}), its tokenizer with {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r}); name the one that is right with `model.eos_token`"
         )
-    words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
-    if words > rows:
+    if missing := tokens_without_row(tokenizer, backbone):
+        rows = backbone.get_input_embeddings().num_embeddings
         raise RecipeError(
-            f"`model.path` {recipe.model.path}: its tokenizer has {words} tokens and its embedding {rows}; resize the "
-            f"embedding, or use the tokenizer it was trained with"
+            f"`model.path` {recipe.model.path}: its tokenizer has {len(tokenizer)} tokens, such as {missing[0]!r}, and its "
+            f"embedding {rows}; resize the embedding, or use the tokenizer it was trained with"
         )
 
 

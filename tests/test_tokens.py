@@ -117,6 +117,11 @@ def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
         "it; leave it out of the text",
     ]
     assert encode_completion(tokenizer, "a", "b</s>") == encode_completion(tokenizer, "a", "b")
+    inside = Dataset.from_list([{"prompt": "a", "chosen": "b</s>c", "rejected": "c</s>"}])
+    tokenize_prompts(inside, tokenizer, 24)
+    assert (
+        "`chosen` of row 0 holds the special token </s>, and a sampled completion would stop there" in capsys.readouterr().err
+    )
     other = load_tokenizer(load_recipe(tiny))  # another run
     tokenize_prompts(Dataset.from_dict({"prompt": ["the film</s>"]}), other, 24)
     assert "ends with the special token </s>, and a completion would follow the end of a text" in capsys.readouterr().err
@@ -135,6 +140,8 @@ def test_a_datasets_own_token_ids_are_taken_as_they_are(tiny):
     assert both[0] == {"prompt": "other", "stars": 3, "input_ids": ids}
     alone = tokenize_prompts(Dataset.from_list([{"input_ids": ids}]), tokenizer, 24)
     assert alone[0] == {"prompt": "the film", "input_ids": ids}
+    padded = {"input_ids": [0, 0, *ids, 0], "attention_mask": [0, 0, *[1] * len(ids), 0]}  # as they were tokenised elsewhere
+    assert tokenize_prompts(Dataset.from_list([padded]), tokenizer, len(ids))[0]["input_ids"] == ids
     learned = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * len(ids), "text": "x"}])
     assert set(tokenize_demonstrations(learned, tokenizer).column_names) == {"input_ids", "completion_mask"}
     for wrong in ([len(tokenizer)], [-1], ["a"], None):
