@@ -296,6 +296,7 @@ def test_a_device_that_is_not_there_is_one_line(tiny, tmp_path, monkeypatch, cap
 def test_threads(variables, threads, monkeypatch):
     import torch
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     before = torch.get_num_threads()

@@ -133,7 +133,8 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
         assert word.encode() in recorded, word
 
 
-@pytest.mark.parametrize("kind", ["ppo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "dpo"])
 def test_the_benchmark_measures_both_sides(kind, tiny, tmp_path, capsys):
     from scripts import benchmark
 

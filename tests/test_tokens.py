@@ -158,9 +158,11 @@ def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
     eos = tokenizer.eos_token_id
     assert end_token_ids(tokenizer, tmp_path) == [eos]  # neither file is there
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7, "text_config": {"eos_token_id": [8, eos]}}))
-    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 7, 8]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7, len(tokenizer), -1, None]}))
-    assert end_token_ids(tokenizer, tmp_path) == [eos, 9, 7, 8]
+    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 7]  # the text part's is a default where the whole says one
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [8, eos]}}))
+    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 8]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 8, len(tokenizer), -1, None]}))
+    assert end_token_ids(tokenizer, tmp_path) == [eos, 9, 8]
     assert end_token_ids(tokenizer, "no/such-model") == [eos]  # a Hub id, and no Hub
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"config.json: cannot be read"):
@@ -186,7 +188,7 @@ def test_a_backbone_without_bos_writes_texts_without_prompts(roles, tiny):
     special = {"eos_token": "</s>", "pad_token": "<pad>"}
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special)
     assert without("")["input_ids"] == []
-    [row] = sample_texts(roles.policy, without, types.ModuleType("task"), load_recipe(tiny))
+    [row] = sample_texts(roles.policy, without, roles.ends, types.ModuleType("task"), load_recipe(tiny))
     assert row["prompt"] == ""
     assert row["completion"]
 
