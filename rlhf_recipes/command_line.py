@@ -149,10 +149,15 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
             except RecipeError as error:
                 environment.fail(f"error: {error}", error.exit_code)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    environment.fail(
+                        f"error: {error.filename}: {error.strerror}; give the right to it, or choose another place",
+                        StoppedError.exit_code,
+                    )
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 environment.fail(
-                    f"error: the disk is full: {error.filename or error}; make room, then go on with --resume",
+                    f"error: the disk is full: {error.filename or error}; make room, then resume with --resume",
                     StoppedError.exit_code,
                 )
             except interrupts.Interrupted as interruption:

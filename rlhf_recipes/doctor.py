@@ -329,6 +329,14 @@ def read_back_backbone(
     Raises:
         StoppedError: they do not.
     """
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    rows = [encode_prompt(tokenizer, text) for text in texts[:PROMPTS]]
+    if [encode_prompt(again, text) for text in texts[:PROMPTS]] != rows:
+        raise StoppedError(f"{folder}: the tokenizer that was saved, read back as {type(again).__name__}, gives other tokens")
+    device = model.device
+    inputs = model_inputs(*(tensor.to(device) for tensor in pad_left(rows, tokenizer.pad_token_id)))
+    trained = model.eval()(**inputs).logits[:, -1]
+    model.to("cpu")  # a GPU need not hold both
     saved = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=model.dtype,
@@ -336,14 +344,7 @@ def read_back_backbone(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
-    saved = saved.to(model.device).eval()
-    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    rows = [encode_prompt(tokenizer, text) for text in texts[:PROMPTS]]
-    if [encode_prompt(again, text) for text in texts[:PROMPTS]] != rows:
-        raise StoppedError(f"{folder}: the tokenizer that was saved, read back as {type(again).__name__}, gives other tokens")
-    inputs = model_inputs(*(tensor.to(model.device) for tensor in pad_left(rows, tokenizer.pad_token_id)))
-    trained, read = (side(**inputs).logits[:, -1] for side in (model.eval(), saved))
-    _same(folder, trained, read, ROUNDING[model.dtype])
+    _same(folder, trained, saved.to(device).eval()(**inputs).logits[:, -1], ROUNDING[model.dtype])
 
 
 @torch.no_grad()

@@ -230,10 +230,16 @@ class ModelReward(nn.Module):
         """Scores, [batch].
 
         Raises:
-            RecipeError: its chat template does not take the messages, or there is none.
+            RecipeError: its chat template does not take the messages, or there is none; or it cannot read the texts.
         """
         inputs = self._tokenize(samples.prompts, samples.texts, samples.columns).to(self.model.device)
-        logits = self.model(**inputs).logits.float()
+        try:
+            logits = self.model(**inputs).logits.float()
+        except (IndexError, TypeError, ValueError) as error:  # of a model and a tokenizer that do not go together
+            raise RecipeError(
+                f"the reward's `model` {self.model.name_or_path} cannot read what its tokenizer gives it: "
+                f"{type(error).__name__}: {error}; look at `reward.pair`, `reward.max_length` and its config"
+            ) from error
         if self.probability:
             logits = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
         return logits[:, self.label].to(samples.sequences.device)

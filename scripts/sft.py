@@ -7,7 +7,7 @@ LoRA adapter on `model.path` and merges it: the result is the next stages' backb
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe import Recipe, RecipeError
 
 
 @command("sft", __doc__)
@@ -61,9 +61,14 @@ def main(recipe: Recipe) -> dict:
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )  # fmt: skip
         trainer.try_optimizer()
+    if len(trainer.train_dataset) == 0:
+        raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
     refuse_unread(trainer, recipe, "sft")
     trainer.refuse_no_batch("sft", len(trainer.train_dataset))
     examine_sft(trainer, tokenizer, ends, recipe)
+    if not args.packing:
+        filled = len(train) - len(trainer.train_dataset)
+        say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")
     lengths, most = row_lengths(trainer.train_dataset), args.max_length
     warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
     if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
