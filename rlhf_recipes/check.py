@@ -1,10 +1,13 @@
 """`python -m rlhf_recipes check recipes/mytask`: every function of a task.py on ten rows, and what the stages will see."""
 
 import math
+import os
 import statistics
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -29,6 +32,7 @@ from rlhf_recipes.data import (
     tokenize_pairs,
     tokenize_prompts,
 )
+from rlhf_recipes.fingerprint import rewards_of_others
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import NO_TEMPLATE, FunctionReward, Samples, run_async
 from rlhf_recipes.roles import load_reward_tokenizer
@@ -84,6 +88,19 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
         except RecipeError as error:
             problems.append(str(error))
     return _overlap(datasets) + problems
+
+
+def notes_on(recipe: Recipe) -> list[str]:
+    """What of the folder is another recipe's: reward adapters, and sweeps that name it."""
+    from rlhf_recipes.sweep_file import another_recipe, said_of_another
+
+    folder = Path(os.path.relpath(recipe.folder))
+    notes = rewards_of_others(recipe)
+    for file in sorted([*folder.glob("sweep.yaml"), *folder.glob("sweeps/*.yaml")]):
+        with suppress(RecipeError):  # scripts/sweep.py says what else is wrong with it
+            if another := another_recipe(file):
+                notes.append(said_of_another(file, *another))
+    return notes
 
 
 def _tokenizer(recipe: Recipe, problems: list[str]) -> tuple[PreTrainedTokenizerBase | None, list[int]]:
