@@ -319,7 +319,8 @@ def rewards_of_others(recipe: Recipe) -> list[str]:
         if all(pairs) and pairs[0] != pairs[1]:
             reasons.append("on other pairs than load_preferences of this task.py gives")
         if reasons:
-            found.append(f"the reward adapter {term.adapter} was trained {'; '.join(reasons)}. scripts/reward.py trains one anew")
+            what = f"the reward adapter {term.adapter} was trained"
+            found.append(f"{what} {'; '.join(reasons)}. scripts/reward.py trains one anew")
     return found
 
 

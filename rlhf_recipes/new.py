@@ -21,7 +21,8 @@ from rlhf_recipes.recipe import DEFAULT_RECIPE, RecipeError, load_recipe, neares
 
 RECIPES = DEFAULT_RECIPE.parent
 _LEFT_BEHIND = shutil.ignore_patterns(
-    "checkpoints", "outputs", "results", "wandb", "__pycache__", ".git", "results.*", "*.md", "*.html", "*.png", "*.jpg", "*.svg"
+    "checkpoints", "outputs", "results", "wandb", "__pycache__", ".git",
+    "results.*", "*.md", "*.html", "*.png", "*.jpg", "*.svg",
 )  # fmt: skip
 _SECTIONS = ("model", "reward", "preferences", "merge", "report")
 _PLACES = ("path", "adapter", "model", "chat_template", "evaluation")  # their keys whose value may be a file or a folder
@@ -98,7 +99,7 @@ def _check(target: Path, source: Path) -> None:
     if not target.parent.is_dir():
         raise RecipeError(f"{target}: there is no folder {target.parent} here; run this from the repository's root")
     if target.resolve().is_relative_to(source.resolve()):
-        raise RecipeError(f"{target}: it would lie in the recipe that it is a copy of; choose a place outside of {_shown(source)}")
+        raise RecipeError(f"{target}: it would lie in what it is a copy of; choose a place outside of {_shown(source)}")
     if odd := re.search(r"[^\w /.+~-]", _shown(target)):
         raise RecipeError(f"{target}: sweeps and commands name this folder, and cannot with {odd[0]!r} in it")
 

@@ -218,8 +218,8 @@ def _load(file: Path, asked: int | None, study: str | None, output: str, trials:
     pruning = _pruning(content, base, stage)
     project = content.get("project")
     sweep = Sweep(
-        file, name, stage, method, metric, maximize, space, fixed, chosen, command, program, output, project, cap, pruning, base,
-        note,
+        file, name, stage, method, metric, maximize, space, fixed, chosen, command, program, output, project, cap, pruning,
+        base, note,
     )  # fmt: skip
     for point in _probes(sweep):
         check(sweep.recipe_of(point, chosen[0]), stage)
