@@ -3,9 +3,10 @@
     python scripts/sweep.py recipes/imdb/sweep.yaml [--trials N] [--seeds K] [--study NAME] [--output outputs] [--dry-run]
 
 The same file goes through `wandb sweep` and `wandb agent`; here it is the recipe beside it that is run. Points are judged by
-the mean over their seeds: those of `run.seed` in the file, or 0 to K-1. Start the same command again to go on after an
+the mean over their seeds: those of `run.seed` in the file, or 0 to K-1. Start the same command again to resume after an
 interruption, or twice to share the work. Leaves study.db, results.json, results.md, logs and, over beta, frontier.png in
-outputs/<task>/sweep/<name>/; the runs themselves are beside all others, in outputs/<task>/<stage>/<name>-trial-<n>/, and in one wandb group.
+outputs/<task>/sweep/<name>/; the runs themselves are beside all others, in outputs/<task>/<stage>/<name>-trial-<n>/, and in
+one wandb group.
 """
 
 import argparse

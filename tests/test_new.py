@@ -285,7 +285,7 @@ def test_results_say_whose_they_are():
     assert {"imdb", "goodhart", "minilm", "chitchat", "lab", "template"} <= {folder.name for folder in shown}
     for folder in shown:
         head = (folder / "README.md").read_text().split("\n\n")[1]
-        assert head.startswith(f"Every number on this page is of `recipes/{folder.name}`; a copy of the folder has none of its own")
+        assert head.startswith(f"Every number on this page is of `recipes/{folder.name}`; a copy of the folder has none")
 
 
 # --- the template ------------------------------------------------------------------------------------------------
