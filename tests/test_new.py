@@ -298,9 +298,9 @@ def test_the_template_is_small_and_holds_prompts_out(capsys):
     task = load_task(load_recipe(folder))
     train, held_out = (set(task.load_prompts(split)["prompt"]) for split in ("train", "eval"))
     assert (len(train), len(held_out), len(train & held_out)) == (120, 40, 0)
-    texts = [" is good, good and great.", " Goodness", ""]
-    assert task.reward([], texts) == [3.0, 0.0, 0.0]
-    assert task.gold_reward([], texts) == [2.0, 0.0, 0.0]
+    texts = [" is Good, good and great.", " has good music and a bad end", " Goodness", ""]
+    assert task.reward([], texts) == [1.0, 1.0, 0.0, 0.0]
+    assert task.gold_reward([], texts) == [1.0, 0.0, 0.0, 0.0]
     assert main(["check", "recipes/template"]) == 0
     assert "everything is in order" in capsys.readouterr().out
 
