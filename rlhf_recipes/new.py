@@ -159,9 +159,9 @@ def _seen_from(target: Path, path: str, source: Path, temporary: Path) -> str:
 def _sweep_of(text: str, content: dict[str, Any], target: Path, task: str) -> str:
     """A sweep of `task` as one of the copy: the recipe in its command and comments, and its name."""
     words = [str(word) for word in content["command"]]
-    behind = words.index("${program}") + 1 if "${program}" in words else 0
-    recipe = parse_command_line([word for word in words[behind:] if not word.startswith("${")]).recipe if behind else None
-    if recipe is not None:
+    programs = [i for i, word in enumerate(words) if word in ("${program}", content.get("program"))]
+    if programs:
+        recipe = parse_command_line([word for word in words[programs[0] + 1 :] if not word.startswith("${")]).recipe
         folder = recipe.parent if recipe.suffix == ".yaml" else recipe
         old = rf"(?<![\w./-]){re.escape(str(folder))}(?![\w.-]|/README)"
         text = re.sub(old, lambda _: _shown(target), text)

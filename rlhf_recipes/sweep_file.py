@@ -411,8 +411,10 @@ def another_recipe(file: Path, words: list[str] | None = None) -> tuple[Path, Pa
     """
     beside = next((folder for folder in (file.parent, file.parent.parent) if (folder / "recipe.yaml").is_file()), None)
     if words is None:
-        command = [str(word) for word in _read(file).get("command") or _COMMAND]
-        words = command[command.index("${program}") + 1 :] if "${program}" in command else []
+        content = _read(file)
+        command = [str(word) for word in content.get("command") or _COMMAND]
+        programs = [i for i, word in enumerate(command) if word in ("${program}", content.get("program"))]
+        words = command[programs[0] + 1 :] if programs else []
     named = parse_command_line([word for word in words if word != "${args}"]).recipe
     if beside is None or _folder_of(named) == beside.resolve():
         return None

@@ -180,27 +180,33 @@ def test_a_plain_copy_runs_the_recipe_beside_its_sweeps(source, tmp_path, capsys
         assert load_sweep(file, trials=2).note is None
 
 
-def test_a_sweep_of_a_variant_keeps_the_variant_and_one_of_no_recipe_gets_its_own(tiny, tmp_path):
+@pytest.mark.parametrize("program", ["${program}", "scripts/ppo.py"])
+def test_a_sweep_of_a_variant_keeps_the_variant_and_one_of_no_recipe_gets_its_own(program, tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "mytask")
     shutil.copy(folder / "recipe.yaml", folder / "long.yaml")
     content = {
         "program": "scripts/ppo.py", "method": "grid", "parameters": {"objective.beta": {"values": [0.1]}},
         "metric": {"name": "eval/objective", "goal": "maximize"},
     }  # fmt: skip
-    command = ["${env}", "${interpreter}", "${program}"]
+    command = ["${env}", "${interpreter}", program]
     for recipe, expected, noted in (
         (["--recipe", "recipes/imdb/long.yaml"], folder / "long.yaml", True),  # there is none, which does not matter
         (["--recipe", f"{folder}/long.yaml"], f"{folder}/long.yaml", False),
         (["--recipe=recipes/lab"], folder, True),
+        (["--recipe", str(folder)], folder, False),
         ([], folder, True),
     ):
         (folder / "sweep.yaml").write_text(yaml.safe_dump(content | {"command": [*command, *recipe, "${args}"]}))
+        assert (another_recipe(folder / "sweep.yaml") is not None) == noted
         sweep = load_sweep(folder / "sweep.yaml", output=str(tmp_path / "outputs"))
         assert (sweep.note is not None) == noted
         words = sweep.words({"objective.beta": 0.1}, 0)
         assert words.count("--recipe") == 1
         assert words[words.index("--recipe") + 1] == str(expected)
         assert sweep.recipe_of({"objective.beta": 0.1}, 0).task == "mytask"
+        new(tmp_path / "other", folder)
+        assert another_recipe(tmp_path / "other" / "sweep.yaml") is None or not recipe
+        shutil.rmtree(tmp_path / "other")
 
 
 def test_check_names_the_sweeps_and_the_reward_that_are_another_recipe_s(tiny, tmp_path, capsys):
