@@ -1,6 +1,12 @@
 # `make ppo` on a fresh machine sets everything up in .venv and runs the main job.
 PYTHON ?= python3
 BIN := .venv/bin
+# Without a GPU, the CPU build of torch, several GB smaller, if its index answers within 3 seconds; pip adds it to whatever it is
+# configured with. `make setup CPU_TORCH=` asks for nothing, for a machine whose GPUs are elsewhere (a login node).
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
+ANSWER := import signal, sys, urllib.request; signal.alarm(3); urllib.request.urlopen(sys.argv[1] + "/torch/")
+CPU_INDEX = $(if $(CPU_TORCH),$(shell command -v nvidia-smi >/dev/null || test -e /dev/nvidia0 || \
+	{ $(PYTHON) -c '$(ANSWER)' $(CPU_TORCH) && echo --extra-index-url $(CPU_TORCH); } 2>/dev/null))
 
 .PHONY: setup ppo test lint format audit clean
 
@@ -9,14 +15,14 @@ setup: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -q $(CPU_INDEX) -r requirements.txt
 	touch $@
 
 ppo: setup
 	$(BIN)/python -m rlhf_recipes launch scripts/ppo.py
 
 test: setup
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

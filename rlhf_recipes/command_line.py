@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_recipes import environment, interrupts
 from rlhf_recipes.recipe import (
@@ -123,7 +123,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                 from rlhf_recipes.preflight import check, describe, describe_memory, warnings
 
                 if line.dry_run:
-                    print(describe(recipe, stage))
+                    _say(describe(recipe, stage), sys.stdout)
                 check(recipe, stage)
                 longest = None
                 if line.dry_run:
@@ -131,12 +131,15 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
 
                     seen = look(recipe, stage)
                     longest = seen.longest
-                    print("\n".join([describe_memory(recipe, stage, longest), *seen.lines]))
+                    _say("\n".join([describe_memory(recipe, stage, longest), *seen.lines]), sys.stdout)
                 for warning in warnings(recipe, stage, longest):
                     _say(f"warning: {warning}")
                 if line.dry_run:
-                    print("# checks: paths, tokens, lengths, batch sizes, disk are in order (a run also tries ten prompts)")
-                    print("# nothing was written")
+                    _say(
+                        "# checks: paths, tokens, lengths, batch sizes, disk are in order (a run also tries ten prompts)",
+                        sys.stdout,
+                    )
+                    _say("# nothing was written", sys.stdout)
                     return None
                 from rlhf_recipes.runtime import configure
 
@@ -162,6 +165,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
     return decorate
 
 
-def _say(line: str) -> None:
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """On standard error, unless another stream is given."""
     if os.environ.get("RANK", "0") == "0":  # one process speaks
-        print(line, file=sys.stderr)
+        print(line, file=stream or sys.stderr)

@@ -43,6 +43,13 @@ class DPOConfig(trl.DPOConfig):
     )
 
 
+@torch.no_grad()
+def balances_experts(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a mixture of experts gives the auxiliary loss that TRL asks for; DeepSeek's routers balance without one."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    return getattr(model(input_ids=ids, output_router_logits=True), "aux_loss", None) is not None
+
+
 def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel, recipe: Recipe) -> dict[str, Any]:
     """What the data and the model ask of TRL's SFT, where the recipe does not say otherwise.
 
@@ -65,10 +72,8 @@ def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel, recipe: Recip
     fields: dict[str, Any] = {"completion_only_loss": True} if "completion" in train.column_names else {}
     if getattr(config, "output_router_logits", None) is not None:
         followed = followed and hasattr(config, "num_experts")
-        ids = torch.arange(4, device=model.device).unsqueeze(0)
-        with torch.no_grad():
-            if getattr(model(input_ids=ids, output_router_logits=True), "aux_loss", None) is None:
-                fields["router_aux_loss_coef"] = 0.0
+        if not balances_experts(model):
+            fields["router_aux_loss_coef"] = 0.0
     return fields if followed else fields | {"loss_type": "nll"}
 
 

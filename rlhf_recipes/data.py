@@ -72,7 +72,7 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> No
             raise RecipeError(f"`model.{name}` {token!r}: not in the vocabulary of {recipe.model.path}{near}")
         setattr(tokenizer, name, token)
     if recipe.model.chat_template is not None:
-        tokenizer.chat_template = (recipe.folder / recipe.model.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = (recipe.folder / recipe.model.chat_template).read_text(encoding="utf-8-sig")
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
@@ -186,23 +186,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def train_readable_tokenizer(texts: list[str], vocab_size: int, model_type: str) -> PreTrainedTokenizerBase:
-    """`train_tokenizer`, with at most `vocab_size` tokens also when it is saved and read back beside a model of this type:
-    transformers reads the tokenizers of some families, such as Qwen2, by a class that adds tokens of its own.
+    """`train_tokenizer` as it is read back once it is saved beside a model of this type, with at most `vocab_size` tokens.
+
+    transformers reads the tokenizers of some families by a class of theirs: Qwen2's splits words its own way and adds a token.
 
     Raises:
-        RecipeError: read back, it gives other tokens.
+        RecipeError: read back again, it gives other tokens.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     again = _read_back(tokenizer, model_type)
     if len(again) > vocab_size:
         tokenizer = train_tokenizer(texts, 2 * vocab_size - len(again))
         again = _read_back(tokenizer, model_type)
-    if len(again) > vocab_size or any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts[:10]):
+    if len(again) == len(tokenizer) and _same_tokens(again, tokenizer, texts):
+        return tokenizer
+    if len(again) > vocab_size or not _same_tokens(_read_back(again, model_type), again, texts):
         raise RecipeError(
             f"`model.architecture.model_type` {model_type}: transformers would read the tokenizer that is trained here as "
             f"{type(again).__name__}, which gives other tokens; choose another type, such as llama"
         )
-    return tokenizer if len(again) == len(tokenizer) else again
+    return again
+
+
+def _same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: list[str]) -> bool:
+    return all(one(text)["input_ids"] == other(text)["input_ids"] for text in texts[:100])
 
 
 def _read_back(tokenizer: PreTrainedTokenizerBase, model_type: str) -> PreTrainedTokenizerBase:
@@ -504,7 +511,11 @@ def row_of(function: str, number: int) -> Iterator[None]:
 def prompt_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Of `load_prompts`: its own `input_ids`, where it has them as TRL's PPO takes them, else each prompt's."""
     if "input_ids" in dataset.column_names:
-        return _given_ids(dataset, tokenizer, "load_prompts")
+        given = _given_ids(dataset, tokenizer, "load_prompts")
+        if "attention_mask" not in dataset.column_names:
+            return given
+        masks = dataset["attention_mask"]  # of rows that were padded as they were tokenised
+        return [[token for token, on in zip(*row, strict=True) if on] for row in zip(given, masks, strict=True)]
     read = dataset.select_columns([name for name in ("prompt", *_FOR_TEMPLATES) if name in dataset.column_names])
     ids = []
     for number, row in enumerate(read):
@@ -554,9 +565,10 @@ def tokenize_prompts(
             f"batch; raise `data.max_prompt_tokens` or lower the batch size"
         )
     empty, dropped = sum(not row for row in ids), sum(len(row) > max_tokens for row in ids)
-    if dropped:
+    speaks = os.environ.get("RANK", "0") == "0"
+    if dropped and speaks:
         print(f"{dropped} of {len(ids)} prompts are longer than data.max_prompt_tokens={max_tokens} and left out")
-    if empty:
+    if empty and speaks:
         print(f"{empty} of {len(ids)} prompts are empty, with nothing that a completion could follow, and left out")
     kept = dataset.select(fits)
     if "prompt" not in dataset.column_names:
@@ -645,7 +657,7 @@ def _warn(tokenizer: PreTrainedTokenizerBase, line: str) -> None:
 
 def doubled_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, function: str) -> list[str]:
     """What the first rows have twice once they are tokenised: special tokens that stand in the text already, as in text that
-    has been through a chat template. One line for each column and token."""
+    has been through a chat template; and ends inside of completions. One line for each column and token."""
     found: dict[tuple[str, str], tuple[int, str, str]] = {}
     special = sorted({*tokenizer.all_special_tokens, tokenizer.eos_token} - {None})
     ends = [token for token in special if token not in (tokenizer.bos_token, tokenizer.pad_token)]
@@ -657,6 +669,9 @@ def doubled_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, functio
                 if bos and column in ("prompt", "text") and value.startswith(bos):
                     found.setdefault((column, bos), (number, "begins with", "the tokenizer puts it before every text"))
                 token = next((token for token in ends if value.rstrip().endswith(token)), None)
+                eos = tokenizer.eos_token or ""
+                if eos and column in ("chosen", "rejected", "completion") and eos in value.rstrip().removesuffix(eos):
+                    found.setdefault((column, eos), (number, "holds", "a sampled completion would stop there"))
                 if token and column in ("chosen", "rejected", "completion"):
                     found.setdefault((column, token), (number, "ends with", "the end of a completion is added to it"))
                 if token == tokenizer.eos_token and column == "prompt":

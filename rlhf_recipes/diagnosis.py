@@ -188,7 +188,7 @@ def sampling_apart(h: History) -> Finding | None:
     return Finding(
         "sampling and training apart",
         f"the log-probabilities of sampling and training differ by {gap:.3f} nats a token",
-        "Use `model.dtype: float32`, or another backbone",
+        "Use `model.dtype: float32`, or another `model.path`",
     )
 
 

@@ -26,7 +26,7 @@ from rlhf_recipes.engines import is_sharded
 from rlhf_recipes.evaluation import complete
 from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
 from rlhf_recipes.rewards import AdapterReward
-from rlhf_recipes.roles import Roles, load_policy_adapter, shared_copy, with_new_adapter
+from rlhf_recipes.roles import Roles, load_policy_adapter, safetensors_only, shared_copy, tokens_without_row, with_new_adapter
 from rlhf_recipes.sampling import Sampled, model_inputs, response_forward, sample_completions
 
 PROMPTS = 10
@@ -89,11 +89,11 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, recipe: Reci
             f"({tokenizer.convert_ids_to_tokens(ends[0])!r}), its tokenizer with {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r}); name the one that is right with `model.eos_token`"
         )
-    words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
-    if words > rows:
+    if missing := tokens_without_row(tokenizer, backbone):
+        rows = backbone.get_input_embeddings().num_embeddings
         raise RecipeError(
-            f"`model.path` {recipe.model.path}: its tokenizer has {words} tokens and its embedding {rows}; resize the "
-            f"embedding, or use the tokenizer it was trained with"
+            f"`model.path` {recipe.model.path}: its tokenizer has {len(tokenizer)} tokens, such as {missing[0]!r}, and its "
+            f"embedding {rows}; resize the embedding, or use the tokenizer it was trained with"
         )
 
 
@@ -330,7 +330,11 @@ def read_back_backbone(
         StoppedError: they do not.
     """
     saved = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=model.dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        folder,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
     )
     saved = saved.to(model.device).eval()
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -339,7 +343,7 @@ def read_back_backbone(
         raise StoppedError(f"{folder}: the tokenizer that was saved, read back as {type(again).__name__}, gives other tokens")
     inputs = model_inputs(*(tensor.to(model.device) for tensor in pad_left(rows, tokenizer.pad_token_id)))
     trained, read = (side(**inputs).logits[:, -1] for side in (model.eval(), saved))
-    _same(folder, trained, read, ROUNDING[torch.float32])
+    _same(folder, trained, read, ROUNDING[model.dtype])
 
 
 @torch.no_grad()
@@ -351,7 +355,8 @@ def read_back_reward(folder: Path, model: Any, pairs: Dataset) -> None:
     """
     batch = pad_left(pairs.select(range(min(PROMPTS, len(pairs))))["chosen_ids"][:], 0)
     trained = AdapterReward(model)(*(tensor.to(model.device) for tensor in batch))
-    model.load_adapter(str(folder), "saved")
+    with safetensors_only():
+        model.load_adapter(str(folder), "saved")
     model.set_adapter("saved")
     saved = AdapterReward(model.eval())(*(tensor.to(model.device) for tensor in batch))
     model.set_adapter("default")

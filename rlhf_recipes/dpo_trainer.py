@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rlhf_recipes.configs import DPOConfig
+from rlhf_recipes.configs import DPOConfig, balances_experts
 from rlhf_recipes.data import join_padded
 from rlhf_recipes.engines import whole_model
 from rlhf_recipes.recipe import Recipe, RecipeError, StoppedError
@@ -96,6 +96,7 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
     """
 
     _signature_columns: list[str]
+    aux_loss_enabled: bool
 
     def __init__(self, args: DPOConfig, roles: Roles, train_dataset: Dataset, fresh: bool = False) -> None:
         self.roles, self.unchecked = roles, fresh
@@ -120,6 +121,8 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
                     pad_to_multiple_of=args.pad_to_multiple_of,
                 ),
             )
+        if self.aux_loss_enabled and not balances_experts(roles.policy):
+            self.aux_loss_enabled = False
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: DPOConfig, name: str) -> Dataset:
         """TRL's would tokenise text again."""

@@ -153,7 +153,7 @@ def source_hash(file: Path, function: str) -> str | None:
     """Of a function of task.py with whatever else of the file it names, comments and layout aside; where the file only imports
     the function, of the whole file."""
     try:
-        body = ast.parse(file.read_text(encoding="utf-8")).body
+        body = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
         return None
     defined: dict[str, list[ast.stmt]] = {}
@@ -175,7 +175,7 @@ def source_hash(file: Path, function: str) -> str | None:
 def names_in(file: Path) -> set[str] | None:
     """What a module defines or imports by name, from its source alone; None where that does not say it all."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return None
     starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))

@@ -234,6 +234,8 @@ def _tokenizer(recipe: Recipe) -> Any:
 
 def _longest_row(recipe: Recipe, dataset: Any) -> int | None:
     """Tokens of the longest row, from those with the most characters; None without a tokenizer."""
+    if "input_ids" in dataset.column_names:
+        return max(map(len, dataset["input_ids"]))
     tokenizer = _tokenizer(recipe)
     if tokenizer is None:
         return None

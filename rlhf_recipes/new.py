@@ -163,7 +163,7 @@ def _sweep_of(text: str, content: dict[str, Any], target: Path, task: str) -> st
     if programs:
         recipe = parse_command_line([word for word in words[programs[0] + 1 :] if not word.startswith("${")]).recipe
         folder = recipe.parent if recipe.suffix == ".yaml" else recipe
-        old = rf"(?<![\w./-]){re.escape(str(folder))}(?![\w.-]|/README)"
+        old = rf"(?<![\w./-]){re.escape(str(folder))}(?![\w.-]|/\w+\.md)"
         text = re.sub(old, lambda _: _shown(target), text)
     return re.sub(rf"^(name:\s*['\"]?){re.escape(task)}(?![^\W_])", rf"\g<1>{target.name}", text, flags=re.MULTILINE)
 

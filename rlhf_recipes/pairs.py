@@ -4,6 +4,7 @@ Nothing heavy is imported here: --dry-run reads them too.
 """
 
 import json
+import os.path
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,9 @@ def _check_text(row: dict[str, Any], decode: Callable[[list[int]], str]) -> None
     for side in ("chosen", "rejected"):
         text = row.get(side)
         if isinstance(text, str):
-            said = decode(row[f"{side}_ids"])
-            ours, theirs = ("".join(words.split()) for words in (said, text))
+            before, whole = decode(row["prompt_ids"]), decode(row["prompt_ids"] + row[f"{side}_ids"])
+            said = whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071 - as data.decode_completions has it
+            ours, theirs = ("".join(words.split()).rstrip("\ufffd") for words in (said, text))  # half a letter is none
             if not ours.startswith(theirs) and not theirs.startswith(ours):  # the text may end before a stop string
                 raise ValueError(
                     f"{side}_ids are of another tokenizer: the backbone's reads {shortened(said)} for {shortened(text)}; make "

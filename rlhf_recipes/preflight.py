@@ -14,7 +14,7 @@ import psutil
 from rlhf_recipes.fingerprint import JUDGED, rewards_of_others
 from rlhf_recipes.pairs import pairs_file
 from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, nearest, section_of
-from rlhf_recipes.sizes import sizes_of
+from rlhf_recipes.sizes import sizes_of, text_part
 
 _CHUNK_TOKENS = 512
 _JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - compiles, and renders nothing
@@ -256,6 +256,8 @@ def _check_folder(recipe: Recipe, key: str, value: str, file: str, weights: str 
             f"(.bin, .pt) can run any code"
         )
     for found in files:
+        if not os.access(found, os.R_OK):  # safetensors saves them for their owner alone
+            raise RecipeError(f"`{key}` {value}: {found} may not be read by you; its owner can `chmod a+r` it")
         if _safetensors_header(found) is None:
             raise RecipeError(f"`{key}` {value}: {found} is cut short, or no safetensors file; copy or make it again")
 
@@ -482,7 +484,7 @@ def _check_pad(recipe: Recipe) -> None:
 def _slip_of(template: Path) -> str | None:
     """What is wrong with a chat template that cannot even be read; what it does with messages only a run can tell."""
     try:
-        text = template.read_text(encoding="utf-8")
+        text = template.read_text(encoding="utf-8-sig")
         _JINJA.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))  # transformers' own tag
     except UnicodeDecodeError as error:
         return f"is not UTF-8 ({error.reason})"
@@ -678,9 +680,9 @@ def memory_estimate(recipe: Recipe, stage: str, longest: int | None = None, cpu:
 
 
 def backbone_vocabulary(recipe: Recipe) -> int | None:
-    """Rows of the backbone's embedding, where it is on this machine."""
-    config = _local_json(recipe, "config.json")
-    return sizes_of(config).vocabulary if config else None
+    """Rows of the backbone's embedding, where its config is on this machine and says so: Gemma 3's of 4B and more does not."""
+    size = text_part(_local_json(recipe, "config.json")).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _backbone(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[int]]]:

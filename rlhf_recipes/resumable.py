@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import trl
@@ -63,6 +64,18 @@ class Resumable(Trainer):
         if not is_sharded(self):
             self.create_optimizer_and_scheduler(num_training_steps=1)
             self.optimizer, self.lr_scheduler, self._created_lr_scheduler = None, None, False
+
+    def refuse_no_batch(self, section: str, rows: int) -> None:
+        """
+        Raises:
+            RecipeError: `dataloader_drop_last` leaves no batch of so few rows, and nothing would be trained.
+        """
+        batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        if self.args.dataloader_drop_last and rows < batch:
+            raise RecipeError(
+                f"`{section}.dataloader_drop_last`: the {rows} rows are less than one batch of {batch}, and nothing would be "
+                f"trained; leave it out, or lower `{section}.per_device_train_batch_size`"
+            )
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -235,6 +248,11 @@ class SFTTrainer(Resumable, trl.SFTTrainer):
         for module in self.model.modules():
             if "router_aux_loss_coef" in vars(module):
                 module.router_aux_loss_coef = self.args.router_aux_loss_coef
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Every held-out row counts, whatever `dataloader_drop_last` says of training."""
+        with mock.patch.object(self.args, "dataloader_drop_last", False):
+            return super().get_eval_dataloader(*args, **kwargs)
 
 
 class RewardTrainer(Resumable, trl.RewardTrainer):

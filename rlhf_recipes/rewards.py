@@ -472,6 +472,12 @@ class Rewards(nn.Module):
                 else:
                     parts.append(term.scorer.score(samples[rows]))
             raw[name] = torch.cat(parts)
+            lost = int((~raw[name].isfinite()).sum())
+            if lost:  # NaN would read as "no opinion"
+                raise RecipeError(
+                    f"the reward `{name}` gives {lost} of {len(samples)} completions a score that is not finite; look at its "
+                    f"weights, or does its precision overflow (`model.dtype`)?"
+                )
         return raw, prefix_sum
 
 

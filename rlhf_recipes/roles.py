@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -272,9 +273,9 @@ def _known_as_4bit(model: PreTrainedModel) -> Iterator[None]:
         model.is_loaded_in_4bit = False
 
 
-def _load_adapter(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     with _known_as_4bit(model), safetensors_only():
-        return PeftModel.from_pretrained(model, folder, **kwargs)
+        return PeftModel.from_pretrained(model, folder)
 
 
 def _pretrained(auto_class: Any, path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -429,9 +430,16 @@ def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTraine
 def load_adapter_reward(
     recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> AdapterReward:
-    with _loading_adapter(f"the reward's `adapter` {spec.adapter}", recipe):
+    where, own = f"the reward's `adapter` {spec.adapter}", list(backbone.parameters())
+    before = [(parameter.data_ptr(), parameter._version) for parameter in own]
+    with _loading_adapter(where, recipe):
         classifier = build_classifier(backbone)
         model = _load_adapter(classifier, recipe.path(str(spec.adapter)))
+    if [(parameter.data_ptr(), parameter._version) for parameter in own] != before:
+        raise RecipeError(
+            f"{where}: it holds weights of the backbone's own (PEFT's `bias`, `save_embedding_layers` and such), which "
+            f"every role shares; train it without"
+        )
     use_lean_lora(model)
     ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
     return AdapterReward(model.requires_grad_(False).eval(), ends, spec.read_eos)
@@ -448,8 +456,13 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     with loading(where, switch="reward.trust_remote_code"), safetensors_only():
         model = _pretrained(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trusted)
     tokenizer = load_reward_tokenizer(recipe, spec)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if missing := tokens_without_row(tokenizer, model):
+        raise RecipeError(
+            f"{where}: its tokenizer has tokens for which its embedding has no row, such as {missing[0]!r}; resize the "
+            f"embedding, or use the tokenizer it was trained with"
+        )
+    # a decoder's classifier reads the score at the last token that is not this one
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     labels = dict(model.config.id2label)
     by_name = {str(name): index for index, name in labels.items()}
     label = next(iter(labels)) if spec.label is None and len(labels) == 1 else by_name.get(str(spec.label), spec.label)
@@ -462,6 +475,17 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
         raise RecipeError(f"{where}: reads {longest} tokens, of which {own} are its tokenizer's own; raise `max_length`")
     model = model.requires_grad_(False).eval().to(PartialState().device)
     return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair, where)
+
+
+def tokens_without_row(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+    """The tokens for which a model's embedding has no row, but for those that stand for images and sound, as Gemma 3 of 1B has
+    one."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return []
+    others = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return [token for token, number in vocabulary if number >= rows and token not in others]
 
 
 def load_reward_tokenizer(recipe: Recipe, spec: RewardTerm) -> PreTrainedTokenizerBase:
@@ -504,25 +528,20 @@ def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHe
     return ValueAdapter(getattr(trunk, trunk.base_model_prefix), hidden_width(backbone))
 
 
-def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str = "trunk", policy: Path | None = None) -> Roles:
-    """All four roles over one load of the backbone.
+def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str = "trunk") -> Roles:
+    """All four roles over one load of the backbone, the policy a new adapter, at which it equals the reference exactly.
 
     Args:
         value: "trunk" or "adapter".
-        policy: a trained adapter to start from; None starts a new one, at which policy equals reference exactly.
     """
     backbone = keep_in_evaluation(load_backbone(recipe))
     reward = load_rewards(recipe, backbone, tokenizer)
     torch.manual_seed(recipe.run.seed)  # the same start whatever was built before, here and below
     value_role = build_value(recipe, backbone, value)
-    if policy is None:
-        torch.manual_seed(recipe.run.seed)
-        policy_role = with_new_adapter(shared_copy(backbone), recipe, "CAUSAL_LM")
-    else:
-        with _loading_adapter(str(policy), recipe):
-            policy_role = _load_adapter(shared_copy(backbone), policy, is_trainable=True)
-    use_lean_lora(policy_role)
-    return Roles(tokenizer, policy_role, Reference(policy_role), value_role, reward, backbone, load_ends(recipe, tokenizer))
+    torch.manual_seed(recipe.run.seed)
+    policy = with_new_adapter(shared_copy(backbone), recipe, "CAUSAL_LM")
+    use_lean_lora(policy)
+    return Roles(tokenizer, policy, Reference(policy), value_role, reward, backbone, load_ends(recipe, tokenizer))
 
 
 def load_policy_adapter(backbone: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:
@@ -537,10 +556,23 @@ def load_policy_adapter(backbone: PreTrainedModel, folder: Path, recipe: Recipe)
         raise RecipeError(f"{folder}: an adapter of a reward model, not of a policy")
     if config.get("peft_type") != "LORA":
         raise RecipeError(f"{folder}: an adapter of the type {config.get('peft_type')}; policies here are LoRA adapters")
+    if config.get("alora_invocation_tokens"):
+        raise RecipeError(f"{folder}: an activated LoRA, which adapts a part of each text; policies here adapt all of it")
     shares = config.get("bias", "none") == "none" and config.get("init_lora_weights", True) in (True, False, "gaussian")
+    shares = shares and not _holds_backbone(folder, config.get("modules_to_save") or [])
     own = shared_copy(backbone) if shares else copy.deepcopy(backbone)  # others change the backbone's weights as they load
     with _loading_adapter(str(folder), recipe):
         return _load_adapter(own, folder).eval()
+
+
+def _holds_backbone(folder: Path, modules_to_save: list[str]) -> bool:
+    """Whether weights of the backbone's own were saved with an adapter, as PEFT's `save_embedding_layers` does."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if "lora_" not in name and "trainable_tokens" not in name]  # noqa: SIM118
+    return not all(set(modules_to_save) & set(name.split(".")) for name in names)
 
 
 def load_adapter_policy(recipe: Recipe, folder: Path) -> PeftModel:
@@ -563,7 +595,7 @@ def judged_policy(folder: Path | None, roles: Roles, recipe: Recipe) -> Iterator
     else:
         with loading(str(folder)), safetensors_only():
             model = _pretrained(AutoModelForCausalLM, folder, **_loading(recipe))
-        theirs, ours = model.config.vocab_size, roles.policy.config.vocab_size
+        theirs, ours = (each.get_input_embeddings().num_embeddings for each in (model, roles.backbone))
         if theirs != ours:
             raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {recipe.model.path} one of {ours}")
         yield model.requires_grad_(False).eval().to(roles.policy.device)

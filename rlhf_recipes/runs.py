@@ -6,6 +6,7 @@ import secrets
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.diagnosis import Finding
@@ -139,6 +140,12 @@ class Run:
             raise RecipeError(
                 f"{self.folder}: another process is at work in this run's folder; wait for its end, or stop it"
             ) from None
+        except OSError as error:  # of some network file systems
+            self._lock = None
+            print(
+                f"warning: {self.folder}: no lock can be taken there ({error.strerror}), so nothing keeps a second process out",
+                file=sys.stderr,
+            )
         if self.recipe.run.resume is None:
             return
         for name in _GROWING:
@@ -222,6 +229,7 @@ class Run:
         if self.main:
             import torch
 
+            _make_savable(model, tokenizer)
             model.to(getattr(torch, self.recipe.model.save_dtype)).save_pretrained(self.folder / MODEL)
             tokenizer.save_pretrained(self.folder / MODEL)
             share(self.folder / MODEL)
@@ -268,6 +276,19 @@ class Run:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
         return summary
+
+
+def _make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers saves no generation config with a warning in it once that has been changed, as a Trainer does to the ends:
+    published ones name a temperature and leave out `do_sample`."""
+    config = model.generation_config
+    for changes in ({}, {"do_sample": True}):
+        config.update(**changes)
+        with suppress(ValueError):
+            config.validate(strict=True)
+            return
+    ends = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, **ends)
 
 
 def _point_latest(folder: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 import types
@@ -13,7 +14,7 @@ from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFi
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_caching
 
 from rlhf_recipes.recipe import Recipe, RecipeError, nearest, shortened
 
@@ -119,6 +120,8 @@ def load_dataset(task: types.ModuleType, function: str, split: str) -> Dataset:
     if dataset.format["type"] == "custom":
         raise RecipeError(f"{where} has a transform (with_transform), which would run anew at each reading; use map instead")
     dataset = dataset.with_format(None)
+    if not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in dataset.cache_files):
+        disable_caching()  # else what is made of it would be written beside it
     if found := {"image", "images", "audio", "video", "videos"} & set(dataset.column_names):
         raise RecipeError(f"{where} has the column {min(found)}; only text is read here: leave it out with remove_columns")
     with _theirs(f"{where}: its rows cannot be read", Path(str(task.__file__))):

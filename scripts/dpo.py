@@ -49,6 +49,8 @@ def main(recipe: Recipe) -> dict:
         trial = DPOTrainer(args, roles, preferences.sample_of(pairs, tokenizer))  # before anything is written
         trial.try_optimizer()
     refuse_unread(trial, recipe, "dpo")
+    if pairs is not None:
+        trial.refuse_no_batch("dpo", len(pairs))
 
     run = Run.prepare(recipe, "dpo")
     run.start()
@@ -65,6 +67,7 @@ def main(recipe: Recipe) -> dict:
             pairs = preferences.load_pairs(run.folder / name, vocabulary, tokenizer, recipe)
         run.memory["round"] = number
         trainer = DPOTrainer(args, roles, pairs, fresh=number == 0 and run.checkpoint is None)
+        trainer.refuse_no_batch("dpo", len(pairs))
         watch(trainer, run)
         trainer.train()
         pairs = None

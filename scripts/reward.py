@@ -48,6 +48,7 @@ def main(recipe: Recipe) -> dict:
     with refused_by_trl("reward_training"):
         trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.try_optimizer()
+    trainer.refuse_no_batch("reward_training", len(trainer.train_dataset))
     examine_reward(trainer, tokenizer, recipe)
     warn(memory_warning(recipe, "reward", max(train["length"])))
     if args.max_length is not None:

@@ -62,6 +62,7 @@ def main(recipe: Recipe) -> dict:
         )  # fmt: skip
         trainer.try_optimizer()
     refuse_unread(trainer, recipe, "sft")
+    trainer.refuse_no_batch("sft", len(trainer.train_dataset))
     examine_sft(trainer, tokenizer, ends, recipe)
     lengths, most = row_lengths(trainer.train_dataset), args.max_length
     warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))

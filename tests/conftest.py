@@ -21,6 +21,8 @@ for _name in [name for name in os.environ if name.startswith(_FOREIGN) or name i
     del os.environ[_name]
 _home = tempfile.TemporaryDirectory(prefix="home-", ignore_cleanup_errors=True)
 os.environ |= {"HOME": _home.name, "HF_HUB_OFFLINE": "1"}  # a test never waits for a hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: torch reads it as it is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests import scripts.*
 
 TASK = """

@@ -290,3 +290,14 @@ def test_every_stage_runs_on_chat(chat, tmp_path, capsys):
     metrics = json.loads((tmp_path / "chat" / "ppo" / "run" / "metrics.jsonl").read_text().splitlines()[0])
     both = metrics["rewards/judge/mean"] + 2 * metrics["rewards/letters/mean"]
     assert metrics["objective/scores"] == pytest.approx(both, abs=1e-4)
+
+
+def test_a_template_from_windows_is_the_same_template(tiny, tmp_path):
+    place = tmp_path / "mine"
+    shutil.copytree(tiny, place)
+    (place / "plain.jinja").write_bytes(TEMPLATE.encode() + b"\n")
+    (place / "windows.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode() + b"\r\n")
+    plain, windows = (
+        load_tokenizer(load_recipe(place, {"model.chat_template": f"{name}.jinja"})) for name in ("plain", "windows")
+    )
+    assert windows.chat_template == plain.chat_template

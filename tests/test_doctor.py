@@ -8,7 +8,7 @@ from rlhf_recipes.data import load_tokenizer, tokenize_prompts
 from rlhf_recipes.doctor import examine
 from rlhf_recipes.recipe import RecipeError, load_recipe
 from rlhf_recipes.rewards import FunctionReward, Term
-from rlhf_recipes.roles import build_roles
+from rlhf_recipes.roles import build_roles, tokens_without_row
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
@@ -88,3 +88,20 @@ def test_memory_and_disk(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.psutil, "disk_usage", lambda path: type("D", (), {"free": 1000}))
     with pytest.raises(RecipeError, match=rf"free in {tmp_path}; make room, or choose another place with --run.output"):
         preflight.check(recipe, "ppo")
+
+
+def test_a_token_that_stands_for_images_needs_no_row(ready):
+    """Gemma 3 of 1B has one token more than rows."""
+    _, roles, _ = ready
+    roles.tokenizer.add_tokens([f"<new {i}>" for i in range(roles.backbone.config.vocab_size - len(roles.tokenizer))])
+    assert tokens_without_row(roles.tokenizer, roles.backbone) == []
+    roles.tokenizer.add_tokens(["<image>"])
+    assert tokens_without_row(roles.tokenizer, roles.backbone) == ["<image>"]
+    roles.tokenizer.image_token = "<image>"  # noqa: S105
+    assert tokens_without_row(roles.tokenizer, roles.backbone) == []
+
+
+def test_weights_that_only_their_owner_may_read_are_named(tiny, monkeypatch):
+    monkeypatch.setattr(preflight.os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
+    with pytest.raises(RecipeError, match=r"`model.path` checkpoints/backbone: .*model.safetensors may not be read by you"):
+        preflight.check(load_recipe(tiny), "ppo")

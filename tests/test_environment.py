@@ -1,10 +1,13 @@
 """What the machine and its environment say is obeyed, or named in one line."""
 
+import errno
+import fcntl
 import importlib
 import io
 import json
 import os
 import py_compile
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,12 +16,13 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from rlhf_recipes import environment, runs, runtime
 from rlhf_recipes.recipe import followed, load_recipe
 from rlhf_recipes.runs import Run
-from rlhf_recipes.tasks import load_task
+from rlhf_recipes.tasks import load_dataset, load_task
 from rlhf_recipes.tracking import Tracker, _project
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +153,19 @@ def test_a_run_that_cannot_be_made_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         Run.prepare(recipe, "ppo").start()
     assert list((tmp_path / "tiny/ppo").iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_begins(tiny, tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")  # NFS without its lock daemon
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    job = Run.prepare(load_recipe(tiny, {"run.output": str(tmp_path), "run.name": "it"}), "ppo")
+    job.start()
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "no lock can be taken there (No locks available), so nothing keeps a second process out" in said
+    job.finish({})
+    assert (tmp_path / "tiny/ppo/it/summary.json").is_file()
 
 
 def test_runs_of_one_second_all_run(tiny, tmp_path, monkeypatch):
@@ -296,6 +313,7 @@ def test_a_device_that_is_not_there_is_one_line(tiny, tmp_path, monkeypatch, cap
 def test_threads(variables, threads, monkeypatch):
     import torch
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     before = torch.get_num_threads()
@@ -355,3 +373,26 @@ def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeyp
     assert {core for core in started if core} == {"7"}
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     assert "| default, one taken | 13.0 | 13.0 | 13.0 | 0.81 | 0.50 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_process_of_several_prints_the_dry_run(rank, lines, tiny, tmp_path, monkeypatch, capsys):
+    for name, value in (CONNECTED | {"RANK": rank, "LOCAL_RANK": rank}).items():
+        monkeypatch.setenv(name, value)
+    run("ppo", tiny, tmp_path, "--dry-run")
+    assert capsys.readouterr().out.count("# nothing was written") == lines
+
+
+def test_a_dataset_in_a_folder_that_may_not_be_written_to_is_read(tiny, tmp_path, monkeypatch):
+    place, data = shutil.copytree(tiny, tmp_path / "tiny"), tmp_path / "data"
+    code = f"\nfrom datasets import load_from_disk\ndef load_preferences(split): return load_from_disk({str(data)!r})\n"
+    load_dataset(load_task(load_recipe(place)), "load_preferences", "train").save_to_disk(data)
+    (place / "task.py").write_text((place / "task.py").read_text() + code)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data and access(path, mode))
+    try:
+        pairs = load_dataset(load_task(load_recipe(place)), "load_preferences", "train").map(lambda row: {"more": 1})
+        assert pairs["more"][:] == [1] * 48
+        assert not list(data.glob("cache-*"))
+    finally:
+        datasets.enable_caching()

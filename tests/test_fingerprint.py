@@ -136,3 +136,11 @@ def test_a_strangers_record_of_another_shape_says_nothing(change, tiny, tmp_path
     for parts, known in ((whole["parts"], True), (named, True), (whole["parts"] | change, False)):
         (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "fingerprint": {"parts": parts}}))
         assert bool(recorded_fingerprint(tmp_path)) == known
+
+
+def test_a_task_that_begins_with_a_byte_order_mark_is_read(mine):
+    source = (mine / "task.py").read_bytes()
+    known = source_hash(mine / "task.py", "wordy")
+    (mine / "task.py").write_bytes(b"\xef\xbb\xbf" + source.replace(b"\n", b"\r\n"))  # as Windows' editors write it
+    assert known is not None
+    assert source_hash(mine / "task.py", "wordy") == known

@@ -45,7 +45,8 @@ def recipe(tiny, tmp_path_factory) -> Path:
 
 def launched(launcher, processes, recipe, output, *words):
     command = [
-        sys.executable, "-m", *launcher, "--config_file", f"accelerate_configs/{CONFIGS[processes]}", "scripts/ppo.py",
+        sys.executable, "-m", *launcher, "--config_file", f"accelerate_configs/{CONFIGS[processes]}",
+        "--main_process_port", "0", "scripts/ppo.py",
         "--recipe", str(recipe), f"--run.output={output}", *words,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)

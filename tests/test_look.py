@@ -14,6 +14,7 @@ import pytest
 from rlhf_recipes import preflight
 from rlhf_recipes.data import load_tokenizer
 from rlhf_recipes.look import look
+from rlhf_recipes.preflight import backbone_vocabulary
 from rlhf_recipes.recipe import RecipeError, load_recipe
 from tests.test_scripts import run
 
@@ -155,6 +156,20 @@ def test_the_longest_row_is_what_the_memory_estimate_counts(task, capsys):
     sums = [re.search(r"activations +([\d,]+) MiB", text)[1] for text in (known, shorter)]
     estimates = [preflight.memory_estimate(long, "reward", longest)["activations"] for longest in (tokens, 16)]
     assert sums == [f"{estimate / 2**19:,.0f}" for estimate in estimates]  # twice that on a CPU
+
+
+def test_rows_of_token_ids_are_counted_as_they_are(task):
+    given = task("\ndef load_demonstrations(split): return Dataset.from_dict({'input_ids': [[5] * 3, [5] * 9]})\n")
+    assert look(given, "sft", seconds=60).longest == 9
+
+
+def test_a_vocabulary_that_the_config_does_not_name_refuses_no_pairs(task):
+    """As that of google/gemma-3-4b-it, whose text_config holds what differs from the defaults alone."""
+    recipe = task()
+    assert backbone_vocabulary(recipe) == 300
+    file = recipe.folder / "checkpoints/backbone/config.json"
+    file.write_text(json.dumps({"model_type": "gemma3", "text_config": {"hidden_size": 2560}}))
+    assert backbone_vocabulary(recipe) is None
 
 
 def test_a_dry_run_of_imdb_looks_writes_nothing_and_is_quick():

@@ -1,11 +1,13 @@
 """PEFT's own fields in `lora`: each works in every role or is refused with the reason; and adapters made elsewhere."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -126,6 +128,29 @@ def test_a_policy_made_elsewhere_is_judged_as_plain_peft_has_it(kind, tiny, tmp_
     assert all(torch.equal(tensor, before[name]) for name, tensor in roles.backbone.state_dict().items())
 
 
+def test_embeddings_that_were_saved_with_an_adapter_are_its_own(tiny, tmp_path):
+    """PEFT's `save_embedding_layers`, as where the embedding was resized: loaded in place they would change every role."""
+    recipe, roles, prompts = ready(tiny, {})
+    made = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
+    with torch.no_grad():
+        made.get_input_embeddings().weight += 0.5
+    made = get_peft_model(made, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    made.save_pretrained(tmp_path / "policy", save_embedding_layers=True)
+    ids = torch.tensor([prompts[3]["input_ids"]])
+    before = roles.backbone(input_ids=ids).logits
+    judged = load_policy_adapter(roles.backbone, tmp_path / "policy", recipe)
+    torch.testing.assert_close(judged(input_ids=ids).logits, made.eval()(input_ids=ids).logits)
+    assert (judged(input_ids=ids).logits - before).abs().max() > 0.1
+    assert torch.equal(roles.backbone(input_ids=ids).logits, before)
+
+    shutil.copytree(tiny / "checkpoints" / "reward", tmp_path / "reward")
+    file = tmp_path / "reward" / "adapter_model.safetensors"
+    embedding = {"base_model.model.model.embed_tokens.weight": torch.ones_like(made.get_input_embeddings().weight)}
+    save_file(load_file(file) | embedding, file)
+    with pytest.raises(RecipeError, match="it holds weights of the backbone's own"):
+        build_roles(load_recipe(tiny, {"reward.adapter": str(tmp_path / "reward")}), roles.tokenizer)
+
+
 def test_what_is_no_lora_is_refused(tiny, tmp_path):
     from peft import IA3Config
 
@@ -133,6 +158,11 @@ def test_what_is_no_lora_is_refused(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
     get_peft_model(model, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="an adapter of the type IA3; policies here are LoRA adapters"):
+        load_policy_adapter(roles.backbone, tmp_path, recipe)
+    activated = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
+    model = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
+    get_peft_model(model, activated).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="an activated LoRA, which adapts a part of each text"):
         load_policy_adapter(roles.backbone, tmp_path, recipe)
 
 

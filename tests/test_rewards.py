@@ -3,13 +3,20 @@
 import asyncio
 import json
 import math
+import shutil
 import time
 import types
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 from rlhf_recipes.data import load_tokenizer
@@ -270,6 +277,51 @@ def test_a_roberta_reads_less_than_it_has_positions(tokenizer, tiny, tmp_path):
     short = load_recipe(tiny, overrides | {"reward.max_length": 1})
     with pytest.raises(RecipeError, match=r"reads 1 tokens, of which 1 are its tokenizer's own; raise `max_length`"):
         load_model_reward(short, short.reward)
+
+
+def test_padding_never_moves_where_a_decoder_is_read(tokenizer, tiny, tmp_path):
+    """Its config names another pad than its tokenizer, as those of many Llamas do (-1, or none)."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    tokenizer.padding_side = "right"
+    for pad in (None, -1, 7):
+        config.pad_token_id = pad
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / str(pad))
+        tokenizer.save_pretrained(tmp_path / str(pad))
+        recipe = load_recipe(tiny, {"reward.adapter": None, "reward.read_eos": True, "reward.model": str(tmp_path / str(pad))})
+        scorer = load_model_reward(recipe, recipe.reward)
+        samples = samples_of(tokenizer, ["the film was " * 3, "the plot", "a"])
+        together, alone = scorer.score(samples), torch.cat([scorer.score(samples[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+        assert len(together.unique()) == 3
+
+
+def test_a_reward_models_tokenizer_knows_no_more_than_its_embedding(tiny, foreign, tmp_path):
+    shutil.copytree(foreign, tmp_path / "rm")
+    own = load_tokenizer_of(foreign)
+    own.add_tokens([f"<new {i}>" for i in range(400)])
+    own.save_pretrained(tmp_path / "rm")
+    recipe = load_recipe(
+        tiny, {"reward.adapter": None, "reward.model": str(tmp_path / "rm"), "reward.label": 0, "reward.read_eos": True}
+    )
+    with pytest.raises(RecipeError, match=r"has tokens for which its embedding has no row, such as '<new \d+>'"):
+        load_model_reward(recipe, recipe.reward)
+
+
+def test_a_models_score_that_is_not_finite_is_no_missing_opinion(tiny, foreign, tokenizer, roles):
+    recipe = load_recipe(
+        tiny, {"reward.adapter": None, "reward.model": str(foreign), "reward.label": 0, "reward.read_eos": True}
+    )
+    broken = load_model_reward(recipe, recipe.reward)
+    broken.model.classifier.weight[0, 0] = math.nan
+    with pytest.raises(RecipeError, match=r"the reward `a` gives 3 of 3 completions a score that is not finite"):
+        Rewards({"a": Term(broken)})(samples_of(tokenizer))
+    roles.reward.adapter.model.get_base_model().score.modules_to_save["default"].weight.data[:] = math.inf
+    with pytest.raises(RecipeError, match="not finite"):
+        roles.reward(samples_of(roles.tokenizer))
 
 
 def test_a_reward_models_chat_template_is_its_own_and_what_it_refuses_is_said(foreign):

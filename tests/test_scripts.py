@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,46 @@ def test_sft_trains_a_backbone_the_next_stage_loads(tiny, tmp_path):
     assert all(row["prompt"] and isinstance(row["completion"], str) for row in samples)
     assert first.keys() == second.keys()  # merged: a plain model again
     assert not all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(
+    "generation", [{"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "pad_token_id": -1, "length_penalty": 2.0}]
+)
+def test_sft_saves_a_backbone_whose_generation_config_is_as_published_ones_are(generation, tiny, tmp_path):
+    """A temperature without `do_sample`, which transformers loads and would not save."""
+    place = shutil.copytree(tiny, tmp_path / "tiny")
+    backbone = place / "checkpoints" / "backbone"
+    eos = json.loads((backbone / "config.json").read_text())["eos_token_id"]
+    (backbone / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [eos, 5]}))
+    run("sft", place, tmp_path, "--sft.from_scratch=false")
+    saved = json.loads((tmp_path / "outputs/tiny/sft/it/model/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [eos, 5] or saved["eos_token_id"] == eos  # a Trainer's own end, where it sets one
+    assert saved.get("temperature") == (0.6 if "top_p" in generation else None)
+    assert saved.get("do_sample", False) is ("top_p" in generation)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_a_batch_that_is_never_full_is_refused(stage, tiny, tmp_path, capsys):
+    section = "reward_training" if stage == "reward" else stage
+    words = ["--preferences.source=task"] if stage == "dpo" else []
+    with pytest.raises(SystemExit):
+        run(
+            stage,
+            tiny,
+            tmp_path,
+            f"--{section}.dataloader_drop_last=true",
+            f"--{section}.per_device_train_batch_size=49",
+            *words,
+        )
+    rows = 46 if stage == "dpo" else 48  # two are too long
+    assert f"dataloader_drop_last`: the {rows} rows are less than one batch of 49" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_held_out_rows_are_all_counted_where_training_drops_its_last_batch(tiny, tmp_path):
+    one_batch = "--sft.per_device_eval_batch_size=64"  # 48 rows
+    dropping = run("sft", tiny, tmp_path, one_batch, "--sft.dataloader_drop_last=true")
+    assert dropping["eval_loss"] == pytest.approx(run("sft", tiny, tmp_path, one_batch, "--run.name=2")["eval_loss"])
 
 
 def test_reward_adapter_learns_and_leaves_the_backbone_alone(tiny, tmp_path):
@@ -133,7 +174,8 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
         assert word.encode() in recorded, word
 
 
-@pytest.mark.parametrize("kind", ["ppo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "dpo"])
 def test_the_benchmark_measures_both_sides(kind, tiny, tmp_path, capsys):
     from scripts import benchmark
 

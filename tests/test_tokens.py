@@ -7,7 +7,7 @@ import types
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_recipes.data import (
     decode_completions,
@@ -19,6 +19,7 @@ from rlhf_recipes.data import (
     tokenize_demonstrations,
     tokenize_pairs,
     tokenize_prompts,
+    train_readable_tokenizer,
 )
 from rlhf_recipes.evaluation import sample_texts
 from rlhf_recipes.preferences import tokenize_preferences
@@ -116,6 +117,11 @@ def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
         "it; leave it out of the text",
     ]
     assert encode_completion(tokenizer, "a", "b</s>") == encode_completion(tokenizer, "a", "b")
+    inside = Dataset.from_list([{"prompt": "a", "chosen": "b</s>c", "rejected": "c</s>"}])
+    tokenize_prompts(inside, tokenizer, 24)
+    assert (
+        "`chosen` of row 0 holds the special token </s>, and a sampled completion would stop there" in capsys.readouterr().err
+    )
     other = load_tokenizer(load_recipe(tiny))  # another run
     tokenize_prompts(Dataset.from_dict({"prompt": ["the film</s>"]}), other, 24)
     assert "ends with the special token </s>, and a completion would follow the end of a text" in capsys.readouterr().err
@@ -134,6 +140,8 @@ def test_a_datasets_own_token_ids_are_taken_as_they_are(tiny):
     assert both[0] == {"prompt": "other", "stars": 3, "input_ids": ids}
     alone = tokenize_prompts(Dataset.from_list([{"input_ids": ids}]), tokenizer, 24)
     assert alone[0] == {"prompt": "the film", "input_ids": ids}
+    padded = {"input_ids": [0, 0, *ids, 0], "attention_mask": [0, 0, *[1] * len(ids), 0]}  # as they were tokenised elsewhere
+    assert tokenize_prompts(Dataset.from_list([padded]), tokenizer, len(ids))[0]["input_ids"] == ids
     learned = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * len(ids), "text": "x"}])
     assert set(tokenize_demonstrations(learned, tokenizer).column_names) == {"input_ids", "completion_mask"}
     for wrong in ([len(tokenizer)], [-1], ["a"], None):
@@ -158,9 +166,11 @@ def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
     eos = tokenizer.eos_token_id
     assert end_token_ids(tokenizer, tmp_path) == [eos]  # neither file is there
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7, "text_config": {"eos_token_id": [8, eos]}}))
-    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 7, 8]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7, len(tokenizer), -1, None]}))
-    assert end_token_ids(tokenizer, tmp_path) == [eos, 9, 7, 8]
+    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 7]  # the text part's is a default where the whole says one
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [8, eos]}}))
+    assert end_token_ids(tokenizer, str(tmp_path)) == [eos, 8]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 8, len(tokenizer), -1, None]}))
+    assert end_token_ids(tokenizer, tmp_path) == [eos, 9, 8]
     assert end_token_ids(tokenizer, "no/such-model") == [eos]  # a Hub id, and no Hub
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"config.json: cannot be read"):
@@ -186,7 +196,7 @@ def test_a_backbone_without_bos_writes_texts_without_prompts(roles, tiny):
     special = {"eos_token": "</s>", "pad_token": "<pad>"}
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special)
     assert without("")["input_ids"] == []
-    [row] = sample_texts(roles.policy, without, types.ModuleType("task"), load_recipe(tiny))
+    [row] = sample_texts(roles.policy, without, roles.ends, types.ModuleType("task"), load_recipe(tiny))
     assert row["prompt"] == ""
     assert row["completion"]
 
@@ -201,3 +211,17 @@ def test_the_recipe_names_the_end(tiny):
     assert renamed.eos_token_id == tokenizer.get_vocab()[word]
     with pytest.raises(RecipeError, match=r"the pad token '<pad>' and the eos token '<pad>'; pad must exist and differ"):
         check(load_recipe(tiny, {"model.eos_token": "<pad>"}), "ppo")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_trained_here_is_the_one_that_is_read_back(model_type, tmp_path):
+    texts = [f"question {i}: yes, of course" for i in range(32)]
+    made = train_readable_tokenizer(texts, 300, model_type)
+    assert len(made) <= 300
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again) == len(made)
+    assert [again(text)["input_ids"] for text in texts] == [made(text)["input_ids"] for text in texts]
+    assert made.decode(made(texts[3])["input_ids"], skip_special_tokens=True) == texts[3]
+    assert len({made.pad_token_id, made.bos_token_id, made.eos_token_id}) == 3
