@@ -1,10 +1,12 @@
-"""Checks a recipe's task.py before anything is trained, or launches a script.
+"""Makes a recipe of one's own, checks its task.py before anything is trained, or launches a script.
 
+    python -m rlhf_recipes new recipes/mytask [--from imdb]
     python -m rlhf_recipes check recipes/mytask [--section.key value ...]
     python -m rlhf_recipes launch [accelerate's options] scripts/ppo.py [--section.key value ...]
 
-`check` runs every function of task.py, shows ten rows as the stages will see them, and says what is wrong. Exit code 2 if
-anything is. `launch` is `accelerate launch`, and ends with the script's exit code where that ends with 1.
+`new` copies recipes/template, or another recipe without what came of it. `check` runs every function of task.py, shows ten
+rows as the stages will see them, and says what is wrong. Exit code 2 if anything is. `launch` is `accelerate launch`, and
+ends with the script's exit code where that ends with 1.
 """
 
 import sys
@@ -21,16 +23,23 @@ def main(argv: list[str] | None = None) -> int:
         from rlhf_recipes.launch import main as launch
 
         return launch(words[1:])
-    if not words or words[0] != "check" or len(words) < 2 or {"--help", "-h"} & set(words):
+    asked = bool({"--help", "-h"} & set(words))
+    if words[:1] == ["new"] and len(words) > 1 and not asked:
+        from rlhf_recipes.new import main as new
+
+        return new(words[1:])
+    if not words or words[0] != "check" or len(words) < 2 or asked:
         print(__doc__.strip())
-        return 0 if {"--help", "-h"} & set(words) else 2
+        return 0 if asked else 2
     try:
         recipe = load_recipe(words[1], parse_command_line(words[2:]).overrides)
         from rich.console import Console  # what follows takes seconds to import
 
-        from rlhf_recipes.check import check_task
+        from rlhf_recipes.check import check_task, notes_on
         from rlhf_recipes.runtime import configure
 
+        for note in notes_on(recipe):
+            print(f"warning: {note}", file=sys.stderr)
         configure(recipe.run.seed)
         problems = check_task(recipe, Console())
     except RecipeError as error:

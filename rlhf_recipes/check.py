@@ -1,10 +1,13 @@
 """`python -m rlhf_recipes check recipes/mytask`: every function of a task.py on ten rows, and what the stages will see."""
 
 import math
+import os
 import statistics
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -29,6 +32,7 @@ from rlhf_recipes.data import (
     tokenize_pairs,
     tokenize_prompts,
 )
+from rlhf_recipes.fingerprint import rewards_of_others
 from rlhf_recipes.recipe import Recipe, RecipeError
 from rlhf_recipes.rewards import NO_TEMPLATE, FunctionReward, Samples, run_async
 from rlhf_recipes.roles import load_reward_tokenizer
@@ -77,13 +81,27 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
         prompts = datasets["load_prompts", "train"]
         try:
             problems += _too_long(prompts, tokenizer, recipe)
-            samples = _samples(_first(prompts), datasets, tokenizer, ends)
+            answers = _answers(datasets, ROWS, is_chat(prompts[0]["prompt"]))
+            samples = _samples(_first(prompts), answers, tokenizer, ends)
             for name in _functions(recipe, task):
-                problems += _score(name, getattr(task, name), samples, console)
+                problems += _score(name, getattr(task, name), samples, answers is None, console)
             _try_templates(recipe, samples)
         except RecipeError as error:
             problems.append(str(error))
     return _overlap(datasets) + problems
+
+
+def notes_on(recipe: Recipe) -> list[str]:
+    """What of the folder is another recipe's: reward adapters, and sweeps that name it."""
+    from rlhf_recipes.sweep_file import another_recipe, said_of_another
+
+    folder = Path(os.path.relpath(recipe.folder))
+    notes = rewards_of_others(recipe)
+    for file in sorted([*folder.glob("sweep.yaml"), *folder.glob("sweeps/*.yaml")]):
+        with suppress(RecipeError):  # scripts/sweep.py says what else is wrong with it
+            if another := another_recipe(file):
+                notes.append(said_of_another(file, *another))
+    return notes
 
 
 def _tokenizer(recipe: Recipe, problems: list[str]) -> tuple[PreTrainedTokenizerBase | None, list[int]]:
@@ -157,21 +175,19 @@ def _too_long(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Reci
     return [f"`data.max_prompt_tokens` {limit}: {dropped} of {len(sample)} prompts are longer and would be left out"]
 
 
-def _answers(datasets: dict[tuple[str, str], Dataset], count: int, chat: bool) -> list[Any]:
-    """Completions to score: the task's own where it has some that can follow such prompts."""
+def _answers(datasets: dict[tuple[str, str], Dataset], count: int, chat: bool) -> list[Any] | None:
+    """The task's own completions to score; None where it has none that can follow such prompts."""
     for function, column in (("load_preferences", "chosen"), ("load_demonstrations", "completion")):
         dataset = datasets.get((function, "train"))
         if dataset is not None and column in dataset.column_names and (chat or isinstance(dataset[0][column], str)):
             return dataset[:count][column]
-    return [f" completion number {i}" for i in range(count)]
+    return None
 
 
-def _samples(
-    prompts: Dataset, datasets: dict[tuple[str, str], Dataset], tokenizer: PreTrainedTokenizerBase, ends: list[int]
-) -> Samples:
-    """The first prompts with answers, as a policy stage would hand them to rewards."""
+def _samples(prompts: Dataset, answers: list[Any] | None, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> Samples:
+    """The first prompts with answers, or with made-up ones, as a policy stage would hand them to rewards."""
     prompts = tokenize_prompts(prompts, tokenizer, sys.maxsize)
-    answers = _answers(datasets, len(prompts), is_chat(prompts[0]["prompt"]))
+    answers = answers or [f" completion number {i}" for i in range(len(prompts))]
     rows, ids, responses = prompts[: len(answers)], [], []
     for number, (row, answer) in enumerate(zip(prompts, answers, strict=False)):
         with row_of("load_prompts", number):
@@ -199,15 +215,17 @@ def _try_templates(recipe: Recipe, samples: Samples) -> None:
                 render(tokenizer, chat, template, f"the reward's `model` {term.model}", NO_TEMPLATE, tokenize=False)
 
 
-def _score(name: str, function: Callable[..., Any], samples: Samples, console: Console) -> list[str]:
+def _score(name: str, function: Callable[..., Any], samples: Samples, made_up: bool, console: Console) -> list[str]:
     try:
         scores, _ = run_async(FunctionReward(function).score(samples))
     except RecipeError as error:
         return [f"{name}: {error}"]
     shown = ", ".join("no opinion" if math.isnan(score) else f"{score:.3g}" for score in scores.tolist())
-    console.print(f"\n[bold]{name}[/bold] of {len(samples)} prompts with answers: {shown}", highlight=False)
+    kind = "made-up answers (task.py has none)" if made_up else "answers"
+    console.print(f"\n[bold]{name}[/bold] of {len(samples)} prompts with {kind}: {shown}", highlight=False)
     known = scores[~scores.isnan()]
-    return [] if len(known) == 0 or (known != known[0]).any() else [f"{name} is {known[0]:g} for all {len(known)} answers"]
+    alike = len(known) > 0 and not (known != known[0]).any()  # of made-up ones that says nothing
+    return [f"{name} is {known[0]:g} for all {len(known)} answers"] if alike and not made_up else []
 
 
 def _overlap(datasets: dict[tuple[str, str], Dataset]) -> list[str]:

@@ -22,10 +22,11 @@ from rlhf_recipes.recipe import Recipe, RecipeError, RewardTerm, load_recipe
 
 RESOLVED = "recipe.resolved.yaml"
 RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, what it maximised
+ADAPTER = "adapter_made.json"  # beside a reward adapter, and copied with it: the recipe that it was trained by
 # Numbers of a policy are its own where these are what it was trained for.
 OWN = ("reward", "beta", "sampling", "backbone")
 SUMMARY = "summary.json"
-_JUDGED = ("preferences", "ppo", "a2c", "dpo", "evaluate")  # the stages that know a reward
+JUDGED = ("preferences", "ppo", "a2c", "dpo", "evaluate")  # the stages that know a reward
 PAIRS = "pairs"  # the kind of term that a policy of given pairs maximises
 _READ_WHOLE = 64 * 2**20  # bytes; of larger files the ends and _SAMPLES places between them
 _SAMPLES, _SAMPLE = 64, 2**16
@@ -46,6 +47,8 @@ def fingerprint(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage not in ("sft", "reward"):
         reward = _pairs(recipe) if stage == "dpo" else None
         parts |= {"reward": reward or _reward(recipe), "beta": recipe.objective.beta}
+    if stage == "reward":
+        parts["pairs"] = {"path": "load_preferences", "content": _own_pairs(recipe.folder / "task.py")}
     completion = recipe.data.max_completion_tokens
     parts["sampling"] = dataclasses.asdict(recipe.sampling) | {"max_completion_tokens": completion}
     parts["data"] = {"max_prompt_tokens": recipe.data.max_prompt_tokens, "task": _file_hash(recipe.folder / "task.py")}
@@ -94,6 +97,16 @@ def _pairs(recipe: Recipe) -> dict[str, Any] | None:
     if recorded:
         return recorded
     return {"terms": [{"kind": PAIRS, "path": given, "content": _file_hash(file)}]}
+
+
+def _own_pairs(task: Path) -> str | None:
+    """Of the source of `load_preferences`; None where task.py has it from elsewhere, or not at all."""
+    try:
+        body = ast.parse(task.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    defined = any(isinstance(statement, ast.FunctionDef) and statement.name == "load_preferences" for statement in body)
+    return source_hash(task, "load_preferences") if defined else None
 
 
 def weights_hash(folder: Path) -> str | None:
@@ -207,7 +220,7 @@ def recorded_fingerprint(folder: Path) -> dict[str, Any] | None:
             return _sound(about.get("policy") if about.get("stage") == "merge" else about["fingerprint"])
         if (run / RESOLVED).is_file():
             stage = about.get("stage") or _read(run / SUMMARY).get("stage") or run.parent.name
-            if stage not in _JUDGED:
+            if stage not in JUDGED:
                 return None
             try:
                 return fingerprint(load_recipe(run / RESOLVED), stage) | {"derived": True}
@@ -278,6 +291,37 @@ def another_backbone(theirs: dict[str, Any] | None, ours: dict[str, Any] | None)
     """Words where an adapter certainly stands on other weights: a Hub id and a folder may hold the same."""
     contents = [bool(parts_of(each).get("backbone", {}).get("content")) for each in (theirs, ours)]
     return differences(theirs, ours, ["backbone"]).get("backbone") if contents[0] == contents[1] else None
+
+
+def made_by(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What ADAPTER says of the reward adapter that `recipe` has trained into `folder`."""
+    return {"recipe": recipe.task, "adapter": weights_hash(folder), "fingerprint": fingerprint(recipe, "reward")}
+
+
+def rewards_of_others(recipe: Recipe) -> list[str]:
+    """A line for each reward adapter that was trained by another recipe, on another backbone or on other pairs.
+
+    One in another recipe's folder was named on purpose, and its recipe is not called another.
+    """
+    found = []
+    for term in recipe.reward.all_terms():
+        folder = Path(recipe.path(term.adapter or ""))
+        about = _read(folder / ADAPTER) if term.adapter else {}
+        if not about or about.get("adapter") != weights_hash(folder):  # unknown, or of an adapter that was there before
+            continue
+        ours = fingerprint(recipe, "reward")
+        theirs, name, reasons = _sound(about.get("fingerprint")), str(about.get("recipe")), []
+        if name != recipe.task and name.isprintable() and folder.is_relative_to(recipe.folder):
+            reasons.append(f"for the recipe {name}, and this is {recipe.task}")
+        if other := another_backbone(theirs, ours):
+            reasons.append(f"on {other}")
+        pairs = [parts_of(each).get("pairs", {}).get("content") for each in (theirs, ours)]
+        if all(pairs) and pairs[0] != pairs[1]:
+            reasons.append("on other pairs than load_preferences of this task.py gives")
+        if reasons:
+            what = f"the reward adapter {term.adapter} was trained"
+            found.append(f"{what} {'; '.join(reasons)}. scripts/reward.py trains one anew")
+    return found
 
 
 def describe_reward(part: dict[str, Any]) -> str:

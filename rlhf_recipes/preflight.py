@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import psutil
 
+from rlhf_recipes.fingerprint import JUDGED, rewards_of_others
 from rlhf_recipes.pairs import pairs_file
 from rlhf_recipes.recipe import LATEST, Recipe, RecipeError, nearest, section_of
 from rlhf_recipes.sizes import sizes_of, text_part
@@ -493,8 +494,10 @@ def _slip_of(template: Path) -> str | None:
 
 
 def warnings(recipe: Recipe, stage: str, longest: int | None = None) -> list[str]:
-    """Whose code is executed, and what may go wrong by rough estimates; `longest` as in `memory_estimate`."""
+    """Whose code is executed, whose reward it is, and what may go wrong by rough estimates; `longest` as in
+    `memory_estimate`."""
     found = [f"{key}: code of {path} is executed on this machine" for key, path in _trusted(recipe, stage)]
+    found += rewards_of_others(recipe) if stage in JUDGED else []
     own = Path(recipe.path(recipe.model.path)) / "chat_template.jinja"
     if stage != "report" and recipe.model.chat_template is None and os.path.isfile(own) and (slip := _slip_of(own)):
         found.append(f"{own}: {slip}; chat messages will be refused")

@@ -102,6 +102,7 @@ class Sweep:
     run_cap: int | None  # points
     pruning: Pruning | None
     recipe: Recipe  # with the first value of each parameter, but for its own beta
+    note: str | None = None  # where the recipe beside the file has taken the place of the command's
 
     @property
     def folder(self) -> Path:
@@ -201,6 +202,9 @@ def _load(file: Path, asked: int | None, study: str | None, output: str, trials:
         raise RecipeError(f"`parameters` leave method {method} nothing to vary; give one of them `values`, or min and max")
 
     command = _command(content, program)
+    at, note = command.index(program) + 1, None
+    if another := another_recipe(file, command[at:]):
+        command[at:], note = _renamed(command[at:], another[1]), said_of_another(file, *another)
     first = {name: _ends(dist)[0] for name, dist in space.items() if name != "objective.beta"}
     base = _base_recipe(command, program, fixed | first, output)
     metric, maximize = _metric(content, base)
@@ -214,7 +218,8 @@ def _load(file: Path, asked: int | None, study: str | None, output: str, trials:
     pruning = _pruning(content, base, stage)
     project = content.get("project")
     sweep = Sweep(
-        file, name, stage, method, metric, maximize, space, fixed, chosen, command, program, output, project, cap, pruning, base
+        file, name, stage, method, metric, maximize, space, fixed, chosen, command, program, output, project, cap, pruning,
+        base, note,
     )  # fmt: skip
     for point in _probes(sweep):
         check(sweep.recipe_of(point, chosen[0]), stage)
@@ -394,6 +399,49 @@ def _command(content: dict[str, Any], program: str) -> list[str]:
 def search_path() -> str:
     """PATH, before it where this Python's own programs are: `accelerate` need not be activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def another_recipe(file: Path, words: list[str] | None = None) -> tuple[Path, Path] | None:
+    """(the recipe that a sweep's command names, the one beside the sweep's file) where these are two.
+
+    A recipe's folder that is copied takes its sweeps along, and in wandb's format these name a recipe by its path.
+
+    Args:
+        words: what the command has behind the program; by default the file's.
+    """
+    beside = next((folder for folder in (file.parent, file.parent.parent) if (folder / "recipe.yaml").is_file()), None)
+    if words is None:
+        content = _read(file)
+        command = [str(word) for word in content.get("command") or _COMMAND]
+        programs = [i for i, word in enumerate(command) if word in ("${program}", content.get("program"))]
+        words = command[programs[0] + 1 :] if programs else []
+    named = parse_command_line([word for word in words if word != "${args}"]).recipe
+    if beside is None or _folder_of(named) == beside.resolve():
+        return None
+    variant = beside / named.name
+    return named, variant if named.suffix and variant.is_file() else beside
+
+
+def said_of_another(file: Path, named: Path, beside: Path) -> str:
+    return (
+        f"{file}: its `command` names the recipe {named}, and scripts/sweep.py runs the one beside the file, {beside}; `wandb "
+        f"sweep` would run {named}: write {beside} there"
+    )
+
+
+def _folder_of(recipe: Path) -> Path:
+    """Of what is given as --recipe; also where there is nothing."""
+    try:
+        return load_recipe(recipe).folder
+    except RecipeError:
+        return (recipe.parent if recipe.suffix else recipe).resolve()
+
+
+def _renamed(words: list[str], recipe: Path) -> list[str]:
+    """The words of a command line with `recipe` in place of the one they name."""
+    values = [i + 1 for i, word in enumerate(words) if word == "--recipe"]
+    others = [w for i, w in enumerate(words) if i not in values and w != "--recipe" and not w.startswith("--recipe=")]
+    return ["--recipe", str(recipe), *others]
 
 
 def _base_recipe(command: list[str], program: str, values: dict[str, Any], output: str) -> Recipe:

@@ -24,6 +24,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.doctor import examine_reward, read_back_reward
     from rlhf_recipes.engines import whole_model
     from rlhf_recipes.evaluation import pairwise_accuracy
+    from rlhf_recipes.fingerprint import ADAPTER, made_by
     from rlhf_recipes.preflight import memory_warning
     from rlhf_recipes.resumable import RewardTrainer
     from rlhf_recipes.rewards import AdapterReward
@@ -64,6 +65,7 @@ def main(recipe: Recipe) -> dict:
     accuracy = pairwise_accuracy(AdapterReward(model.eval()), evaluation, recipe.evaluate.batch_size)
     run.save_adapter(model, run.folder / "adapter")
     if run.main:
+        run.write_json(f"adapter/{ADAPTER}", made_by(recipe, run.folder / "adapter"))
         read_back_reward(run.folder / "adapter", model, evaluation)
         words = evaluation["words"] if "words" in evaluation.column_names else []
         counts = Counter(f"{number} words" for number in words) | Counter(all=len(evaluation))

@@ -2,10 +2,11 @@
 
     python scripts/sweep.py recipes/imdb/sweep.yaml [--trials N] [--seeds K] [--study NAME] [--output outputs] [--dry-run]
 
-The same file goes through `wandb sweep` and `wandb agent`. Points are judged by the mean over their seeds: those of
-`run.seed` in the file, or 0 to K-1. Start the same command again to go on after an interruption, or twice to share the work.
-Leaves study.db, results.json, results.md, logs and, over beta, frontier.png in outputs/<task>/sweep/<name>/; the runs
-themselves are beside all others, in outputs/<task>/<stage>/<name>-trial-<n>/, and in one wandb group.
+The same file goes through `wandb sweep` and `wandb agent`; here it is the recipe beside it that is run. Points are judged by
+the mean over their seeds: those of `run.seed` in the file, or 0 to K-1. Start the same command again to resume after an
+interruption, or twice to share the work. Leaves study.db, results.json, results.md, logs and, over beta, frontier.png in
+outputs/<task>/sweep/<name>/; the runs themselves are beside all others, in outputs/<task>/<stage>/<name>-trial-<n>/, and in
+one wandb group.
 """
 
 import argparse
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         from rlhf_recipes.sweep_file import load_sweep
 
         sweep = load_sweep(args.file, args.seeds, args.study, args.output, args.trials)
+        if sweep.note:
+            print(f"warning: {sweep.note}", file=sys.stderr)
         if args.dry_run:
             print(plan(sweep))
             return None

@@ -69,6 +69,15 @@ def test_absent_functions_long_prompts_and_a_missing_backbone(mine, capsys):
     assert "│ load_prompts │ train │ 48 │" in shown
 
 
+def test_made_up_answers_that_score_alike_are_no_mistake(mine, capsys):
+    """A reward of certain words finds none in them."""
+    text = TASK.replace("def load_preferences", "def other").replace("def load_demonstrations", "def another")
+    (mine / "task.py").write_text(text)
+    code, shown, problems = check(mine, capsys)
+    assert (code, problems) == (0, [])
+    assert "gold_reward of 10 prompts with made-up answers (task.py has none): 0, 0, 0, 0, 0, 0, 0, 0, 0, 0" in shown
+
+
 def test_usage(capsys):
     assert main(["--help"]) == 0
     assert "python -m rlhf_recipes check recipes/mytask" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from rlhf_recipes import keys, look
 from rlhf_recipes.command_line import parse_command_line
+from rlhf_recipes.new import new
 from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, RecipeError, load_recipe
 from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
 
@@ -61,11 +63,21 @@ def commands_in_docs():
                         yield pytest.param(line.split("#")[0].strip(), id=f"{file.name}: {line.strip()[:60]}")
 
 
+@pytest.fixture(scope="session")
+def mytask(tmp_path_factory):
+    """The recipe of docs/your-own-task.md, with the files that its commands name."""
+    folder = tmp_path_factory.mktemp("docs") / "mytask"
+    new(folder, ROOT / "recipes" / "template")
+    shutil.copy(folder / "recipe.yaml", folder / "long.yaml")
+    (folder / "pairs.jsonl").write_text('{"prompt": "This film", "chosen": " is good", "rejected": " is long"}\n')
+    return folder
+
+
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("line", commands_in_docs())
-def test_every_command_in_the_docs_dry_runs(line, monkeypatch, tmp_path):
+def test_every_command_in_the_docs_dry_runs(line, monkeypatch, tmp_path, mytask):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(line.split("&&")[0])
+    words = shlex.split(line.split("&&")[0].replace("recipes/mytask", str(mytask)))
     if "--resume" in words:  # a run to go on with, wherever the line says it is
         run = tmp_path / "imdb" / "ppo" / "it"
         run.mkdir(parents=True)

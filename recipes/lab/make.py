@@ -5,6 +5,7 @@
 The output embedding's bias rules out pad and bos, so completions are letters and eos only and can be enumerated.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_recipes.fingerprint import ADAPTER, made_by
+from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.roles import build_classifier
 
 LETTERS = "abcdefgh"
@@ -50,6 +53,8 @@ def main(folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.15)
     reward.save_pretrained(folder / "reward")
     (folder / "reward" / "README.md").unlink(missing_ok=True)
+    made = made_by(load_recipe(Path(__file__).parent), folder / "reward")
+    (folder / "reward" / ADAPTER).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ load_preferences, gold_reward = imdb.load_preferences, imdb.gold_reward
 
 
 def load_prompts(split: str) -> Dataset:
-    if not (FOLDER / "checkpoints" / "reward" / "config.json").is_file():
+    needed = load_recipe(FOLDER).reward.model == "checkpoints/reward"  # not so in a copy with another reward
+    if needed and not (FOLDER / "checkpoints" / "reward" / "config.json").is_file():
         raise RecipeError(f"{FOLDER}/checkpoints/reward: no reward model yet; make it: python {FOLDER / 'make.py'}")
     return imdb.load_prompts(split)
