@@ -199,7 +199,8 @@ def reward_saturated(h: History) -> Finding | None:
         return None
     return Finding(
         "reward saturated",
-        f"{clipped:.0%} of the rewards are at `reward.clip`, and their standard deviation went from {first:.3f} to {recent:.3f}",
+        f"{clipped:.0%} of the rewards are at `reward.clip`, and their standard deviation went from {first:.3f} to "
+        f"{recent:.3f}",
         "Raise `reward.clip`, or use a reward that still tells good completions apart",
     )
 
