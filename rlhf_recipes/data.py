@@ -617,7 +617,16 @@ def tokenize_demonstrations(
     warn_of_doubled_tokens(dataset, tokenizer, "load_demonstrations")
     if "input_ids" in columns:
         _given_ids(dataset, tokenizer, "load_demonstrations")
-        return dataset.select_columns(sorted(columns & {"input_ids", "labels", "completion_mask", "assistant_masks"}))
+        names = sorted(columns & {"input_ids", "labels", "completion_mask", "assistant_masks"})
+        if "attention_mask" not in columns:
+            return dataset.select_columns(names)
+
+        def without_padding(row: dict[str, Any]) -> dict[str, list[int]]:
+            return {
+                name: [value for value, kept in zip(row[name], row["attention_mask"], strict=True) if kept] for name in names
+            }
+
+        return dataset.map(without_padding, remove_columns=dataset.column_names, desc="Tokenizing demonstrations")
 
     def tokenize(row: dict[str, Any], number: int) -> dict[str, list[int]]:
         with row_of("load_demonstrations", number):

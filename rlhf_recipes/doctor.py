@@ -253,6 +253,31 @@ def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tenso
     return gaps
 
 
+@torch.no_grad()
+def examine_judged(name: str, policy: Any, roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
+    """A policy that was made elsewhere is sampled as its own forward pass has it.
+
+    Args:
+        name: in `evaluate.policies`.
+        prompts: tokenised.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    rows = prompts.select(range(min(2, len(prompts))))["input_ids"][:]
+    queries, attention = (tensor.to(policy.device) for tensor in pad_left(rows, roles.tokenizer.pad_token_id))
+    length, temperature = min(TOKENS, recipe.data.max_completion_tokens), recipe.sampling.temperature
+    with torch.random.fork_rng():
+        sampled = sample_completions(policy, queries, attention, roles.ends, length, temperature)
+    plain = _plain_logprobs(policy, sampled, queries.shape[1], temperature)
+    gap = (sampled.logprobs - plain).abs()[sampled.attention[:, queries.shape[1] :]].mean().item()
+    if not gap <= ROUNDING[policy.dtype]:
+        raise RecipeError(
+            f"`evaluate.policies`: {name}: log-probabilities as it is sampled are {gap:.3g} nats a token from those of its own "
+            f"forward pass, and rounding explains {ROUNDING[policy.dtype]:g}: an adapter or model that is not followed here"
+        )
+
+
 @contextmanager
 def moved(policy: nn.Module) -> Iterator[None]:
     """While this lasts, everything that is trained is a little elsewhere; then it is bit for bit what it was."""

@@ -18,7 +18,7 @@ from rlhf_recipes.recipe import Recipe
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-    from rlhf_recipes.doctor import examine
+    from rlhf_recipes.doctor import examine, examine_judged
     from rlhf_recipes.enumeration import enumerate_policy
     from rlhf_recipes.evaluation import complete, prepare_rewards, side_by_side
     from rlhf_recipes.roles import build_roles, judged_policy
@@ -36,8 +36,9 @@ def main(recipe: Recipe) -> dict:
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
-        with judged_policy(policy.folder, roles, recipe):
-            pass  # one that does not fit is refused before anything is written
+        with judged_policy(policy.folder, roles, recipe) as model:  # one that does not fit is refused before a run
+            if policy.folder is not None:
+                examine_judged(policy.name, model, roles, prompts, recipe)
     examine(roles, prompts, recipe)
 
     run = Run.prepare(recipe, "evaluate")

@@ -202,3 +202,16 @@ def test_training_mode_never_reaches_the_backbone_but_the_adapters_dropout(tiny)
     once, twice = (roles.policy(input_ids=ids).logits for _ in range(2))
     assert torch.equal(once, twice)
     once.sum().backward()  # runs the layers again
+
+
+def test_a_policy_that_is_sampled_otherwise_than_it_speaks_is_refused(tiny, monkeypatch):
+    from rlhf_recipes import doctor
+
+    recipe, roles, prompts = ready(tiny, {})
+    doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)
+    with moved(roles.policy):
+        doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)
+        sampler = doctor.sample_completions
+        monkeypatch.setattr(doctor, "sample_completions", lambda policy, *rest: sampler(roles.reference, *rest))
+        with pytest.raises(RecipeError, match=r"mine: log-probabilities as it is sampled are .* nats a token from"):
+            doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)

@@ -225,3 +225,10 @@ def test_a_tokenizer_trained_here_is_the_one_that_is_read_back(model_type, tmp_p
     assert [again(text)["input_ids"] for text in texts] == [made(text)["input_ids"] for text in texts]
     assert made.decode(made(texts[3])["input_ids"], skip_special_tokens=True) == texts[3]
     assert len({made.pad_token_id, made.bos_token_id, made.eos_token_id}) == 3
+
+
+def test_padding_of_given_rows_is_not_learned(tiny):
+    tokenizer = load_tokenizer(load_recipe(tiny))
+    rows = [{"input_ids": [0, 0, 1, 70, 0, 2], "attention_mask": [0, 0, 1, 1, 1, 1], "labels": [-100, -100, -100, 70, 0, 2]}]
+    [row] = tokenize_demonstrations(Dataset.from_list(rows), tokenizer)
+    assert row == {"input_ids": [1, 70, 0, 2], "labels": [-100, 70, 0, 2]}
