@@ -22,7 +22,7 @@ ppo: setup
 	$(BIN)/python -m rlhf_recipes launch scripts/ppo.py
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
