@@ -559,9 +559,9 @@ def load_policy_adapter(backbone: PreTrainedModel, folder: Path, recipe: Recipe)
     if config.get("alora_invocation_tokens"):
         raise RecipeError(f"{folder}: an activated LoRA, which adapts a part of each text; policies here adapt all of it")
     shares = config.get("bias", "none") == "none" and config.get("init_lora_weights", True) in (True, False, "gaussian")
-    shares = shares and not _holds_backbone(folder, config.get("modules_to_save") or [])
-    own = shared_copy(backbone) if shares else copy.deepcopy(backbone)  # others change the backbone's weights as they load
     with _loading_adapter(str(folder), recipe):
+        shares = shares and not _holds_backbone(folder, config.get("modules_to_save") or [])
+        own = shared_copy(backbone) if shares else copy.deepcopy(backbone)  # others change the backbone's weights as they load
         return _load_adapter(own, folder).eval()
 
 

@@ -478,7 +478,7 @@ CHECKPOINTS = [
     case("reward model without a head", "ppo", flags("--reward.adapter=null", "--reward.model=checkpoints/backbone"),
          "the reward's `model` checkpoints/backbone", "such as score.weight"),
     case("reward of NaN", "ppo", reweighted("reward", ADAPTER, every(lambda t: t * float("nan"))),
-         "no reward has an opinion", "look at `reward`"),
+         "gives 4 of 4 completions a score that is not finite", "look at its weights"),
     case("reward model without the label", "ppo", foreign_reward("--reward.label=god"),
          "the reward's `model` foreign: `label` 'god'", "2 (good)"),
     case("reward model of several labels", "preferences", foreign_reward(),
