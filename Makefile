@@ -22,7 +22,8 @@ ppo: setup
 	$(BIN)/python -m rlhf_recipes launch scripts/ppo.py
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(TESTS),--ignore=tests/test_processes.py)
+	$(if $(TESTS),,$(BIN)/pytest tests/test_processes.py) # which has both cores to itself
 
 lint: setup
 	$(BIN)/ruff check .
