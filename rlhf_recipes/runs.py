@@ -275,6 +275,7 @@ class Run:
         if self._lock is not None:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
+        PartialState().wait_for_everyone()  # what looks for finished runs next finds the same ones on every process
         return summary
 
 
