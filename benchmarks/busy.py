@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlhf_recipes.recipe import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PPO = load_recipe(DEFAULT_RECIPE).stages["ppo"]

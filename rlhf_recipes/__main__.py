@@ -9,11 +9,14 @@ rows as the stages will see them, and says what is wrong. Exit code 2 if anythin
 ends with the script's exit code where that ends with 1.
 """
 
+import os
 import sys
+from pathlib import Path
 
 from rlhf_recipes import environment
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(words[1], parse_command_line(words[2:]).overrides)
         from rich.console import Console  # what follows takes seconds to import
 
-        from rlhf_recipes.check import check_task, notes_on
-        from rlhf_recipes.runtime import configure
+        from rlhf_recipes.checks.task import check_task
+        from rlhf_recipes.process import configure
+        from rlhf_recipes.runs.fingerprint import rewards_of_others
+        from rlhf_recipes.sweeps.file import sweeps_of_others
 
-        for note in notes_on(recipe):
+        for note in [*rewards_of_others(recipe), *sweeps_of_others(Path(os.path.relpath(recipe.folder)))]:
             print(f"warning: {note}", file=sys.stderr)
         configure(recipe.run.seed)
         problems = check_task(recipe, Console())

@@ -14,21 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlhf_recipes import environment, interrupts
-from rlhf_recipes.recipe import (
-    DEFAULT_RECIPE,
-    SECTIONS,
-    Recipe,
-    RecipeError,
-    StoppedError,
-    instead_of,
-    keys_of_sections,
-    load_recipe,
-    nearest,
-    read_yaml,
-    section_of,
-)
-from rlhf_recipes.resume import RESUMABLE, resumed_recipe
-from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.errors import RecipeError, StoppedError, nearest
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, instead_of, keys_of_sections, load_recipe, section_of
+from rlhf_recipes.recipe.sections import SECTIONS, Recipe
+from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.yaml_text import read_yaml
+from rlhf_recipes.runs.resume import RESUMABLE, resumed_recipe
 
 
 @dataclass(frozen=True)
@@ -120,14 +111,15 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     recipe, notes = resumed_recipe(recipe, stage, line.overrides)
                     for note in notes:
                         _say(f"resume: {note}")
-                from rlhf_recipes.preflight import check, describe, describe_memory, warnings
+                from rlhf_recipes.checks.machine import check, describe, warnings
+                from rlhf_recipes.checks.memory import describe_memory
 
                 if line.dry_run:
                     _say(describe(recipe, stage), sys.stdout)
                 check(recipe, stage)
                 longest = None
                 if line.dry_run:
-                    from rlhf_recipes.look import look
+                    from rlhf_recipes.checks.look import look
 
                     seen = look(recipe, stage)
                     longest = seen.longest
@@ -141,7 +133,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     )
                     _say("# nothing was written", sys.stdout)
                     return None
-                from rlhf_recipes.runtime import configure
+                from rlhf_recipes.process import configure
 
                 configure(recipe.run.seed)
                 with interrupts.handled():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.recipe.errors import RecipeError
 
 # What a launcher of several processes sets, and what else says that there are several; accelerate reads all but the last.
 _OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

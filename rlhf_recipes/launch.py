@@ -20,7 +20,7 @@ from psutil import Process
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from rlhf_recipes.interrupts import EXIT_CODE
-from rlhf_recipes.recipe import RecipeError, StoppedError
+from rlhf_recipes.recipe.errors import RecipeError, StoppedError
 
 _SPOKEN = (RecipeError.exit_code, StoppedError.exit_code, EXIT_CODE)  # the script has said why in one line
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.recipe import DEFAULT_RECIPE, RecipeError, load_recipe, nearest, read_yaml
+from rlhf_recipes.recipe.errors import RecipeError, nearest
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.recipe.yaml_text import read_yaml
 
 RECIPES = DEFAULT_RECIPE.parent
 _LEFT_BEHIND = shutil.ignore_patterns(

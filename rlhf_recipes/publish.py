@@ -13,9 +13,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data import end_token_ids
-from rlhf_recipes.fingerprint import (
+from rlhf_recipes.data.tokenizer import end_token_ids
+from rlhf_recipes.evaluation.tables import fenced, fraction_bound, markdown_table, markdown_text, optimum_text
+from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.roles import load_adapter_policy
+from rlhf_recipes.rollouts.forward import model_inputs
+from rlhf_recipes.runs.fingerprint import (
     OWN,
+    RESOLVED,
+    SUMMARY,
     another_backbone,
     describe_reward,
     differences,
@@ -24,13 +33,8 @@ from rlhf_recipes.fingerprint import (
     parts_of,
     recorded_fingerprint,
 )
-from rlhf_recipes.recipe import Recipe, RecipeError, load_recipe
-from rlhf_recipes.resume import RESOLVED, SUMMARY, newest_run, trials_of
-from rlhf_recipes.roles import load_adapter_policy
-from rlhf_recipes.runs import MODEL, Run
-from rlhf_recipes.sampling import model_inputs
-from rlhf_recipes.tables import fenced, fraction_bound, markdown_table, markdown_text, optimum_text
-from rlhf_recipes.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.runs.folder import MODEL, Run
+from rlhf_recipes.runs.resume import newest_run, trials_of
 
 # The largest difference between log-probabilities before and after, in nats, by the dtype in which the model is saved: rounding
 # of its weights, a few units in the last place of logits of order ten.

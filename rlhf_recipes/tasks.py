@@ -16,7 +16,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_caching
 
-from rlhf_recipes.recipe import Recipe, RecipeError, nearest, shortened
+from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
+from rlhf_recipes.recipe.sections import Recipe
 
 COLUMNS = {
     "load_prompts": [{"prompt"}, {"input_ids"}],

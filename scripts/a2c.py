@@ -7,13 +7,13 @@ of -A log pi + vf_coef * (V - return)^2 / 2. Leaves the same files as scripts/pp
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("a2c", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.online import train_online
+    from rlhf_recipes.algorithms.online import train_online
 
     return train_online(recipe, "a2c")
 

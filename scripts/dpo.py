@@ -8,23 +8,25 @@ from the policy before each further round. Leaves adapter, metrics, samples and 
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("dpo", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes import preferences
-    from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import DPOConfig, refuse_unread, refused_by_trl, stage_config
-    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-    from rlhf_recipes.doctor import examine, read_back_policy
-    from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, fitting_pairs
-    from rlhf_recipes.evaluation import judge_policy, prepare_rewards
-    from rlhf_recipes.look import made_for_others
-    from rlhf_recipes.pairs import pairs_file
+    from rlhf_recipes.algorithms import pairs as preferences
+    from rlhf_recipes.algorithms.dpo import DPOTrainer, dpo_fields, fitting_pairs
+    from rlhf_recipes.algorithms.trl_config import DPOConfig, refuse_unread, refused_by_trl, stage_config
+    from rlhf_recipes.checks.look import made_for_others
+    from rlhf_recipes.checks.models import examine
+    from rlhf_recipes.checks.saved import read_back_policy
+    from rlhf_recipes.data.datasets import tokenize_prompts
+    from rlhf_recipes.data.pair_files import pairs_file
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.evaluation.judging import judge_policy, prepare_rewards
+    from rlhf_recipes.evaluation.watch import watch
     from rlhf_recipes.roles import build_roles
-    from rlhf_recipes.runs import Run
+    from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
     task, tokenizer, longest = load_task(recipe), load_tokenizer(recipe), recipe.data.max_prompt_tokens

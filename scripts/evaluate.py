@@ -11,21 +11,22 @@ Every number has a 95% interval. Writes evaluation.json and samples.jsonl to out
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("evaluate", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-    from rlhf_recipes.doctor import examine, examine_judged
-    from rlhf_recipes.enumeration import enumerate_policy
-    from rlhf_recipes.evaluation import complete, prepare_rewards, side_by_side
+    from rlhf_recipes.checks.models import examine, examine_judged
+    from rlhf_recipes.data.datasets import tokenize_prompts
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.evaluation.exact import enumerate_policy
+    from rlhf_recipes.evaluation.judging import complete, prepare_rewards, side_by_side
+    from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
+    from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
     from rlhf_recipes.roles import build_roles, judged_policy
-    from rlhf_recipes.runs import Run
-    from rlhf_recipes.tables import print_evaluation, print_samples
+    from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
-    from rlhf_recipes.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")

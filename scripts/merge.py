@@ -7,16 +7,18 @@ as safetensors; `--merge.push` uploads it to the Hub.
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("merge", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.data import load_tokenizer, pad_left, tokenize_prompts
-    from rlhf_recipes.fingerprint import recorded_fingerprint
-    from rlhf_recipes.publish import MODEL, adapter_to_merge, card, merge, own_evaluation, upload
-    from rlhf_recipes.runs import Run
+    from rlhf_recipes.data.datasets import tokenize_prompts
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.data.tokens import pad_left
+    from rlhf_recipes.publish import adapter_to_merge, card, merge, own_evaluation, upload
+    from rlhf_recipes.runs.fingerprint import recorded_fingerprint
+    from rlhf_recipes.runs.folder import MODEL, Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task, tokenizer, adapter = load_task(recipe), load_tokenizer(recipe), adapter_to_merge(recipe)

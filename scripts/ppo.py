@@ -7,13 +7,13 @@ side, and leaves adapter, metrics, samples and summary in outputs/<task>/ppo/<ru
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("ppo", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.online import train_online
+    from rlhf_recipes.algorithms.online import train_online
 
     return train_online(recipe, "ppo")
 

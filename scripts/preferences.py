@@ -7,18 +7,19 @@ outputs/<task>/preferences/<run>/. `--resume` goes on with the latest run, `--re
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("preferences", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-    from rlhf_recipes.doctor import examine
-    from rlhf_recipes.evaluation import prepare_rewards
-    from rlhf_recipes.preferences import sample_pairs
+    from rlhf_recipes.algorithms.pairs import sample_pairs
+    from rlhf_recipes.checks.models import examine
+    from rlhf_recipes.data.datasets import tokenize_prompts
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.evaluation.judging import prepare_rewards
     from rlhf_recipes.roles import build_roles
-    from rlhf_recipes.runs import Run
+    from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)

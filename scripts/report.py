@@ -10,15 +10,15 @@ Writes report.html (one file, works offline) and report.md with its plots as PNG
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("report", __doc__)
 def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
-    from rlhf_recipes.report import write_report
-    from rlhf_recipes.report_data import evaluation_folder, load_report_data
-    from rlhf_recipes.runs import Run
+    from rlhf_recipes.report.data import evaluation_folder, load_report_data
+    from rlhf_recipes.report.page import write_report
+    from rlhf_recipes.runs.folder import Run
 
     data = load_report_data(evaluation_folder(recipe), recipe)
 

@@ -7,7 +7,7 @@ pairwise accuracy, by length where the pairs name one in a column `words`.
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("reward", __doc__)
@@ -18,20 +18,21 @@ def main(recipe: Recipe) -> dict:
 
     from trl import RewardConfig
 
-    from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import refused_by_trl, stage_config
-    from rlhf_recipes.data import end_token_ids, load_tokenizer, tokenize_pairs
-    from rlhf_recipes.doctor import examine_reward, read_back_reward
-    from rlhf_recipes.engines import whole_model
-    from rlhf_recipes.evaluation import pairwise_accuracy
-    from rlhf_recipes.fingerprint import ADAPTER, made_by
-    from rlhf_recipes.preflight import memory_warning
-    from rlhf_recipes.resumable import RewardTrainer
-    from rlhf_recipes.rewards import AdapterReward
-    from rlhf_recipes.roles import load_with_new_adapter
-    from rlhf_recipes.runs import Run
-    from rlhf_recipes.runtime import say_left_out, warn
-    from rlhf_recipes.tables import print_rows
+    from rlhf_recipes.algorithms.trl_config import refused_by_trl, stage_config
+    from rlhf_recipes.checks.memory import memory_warning
+    from rlhf_recipes.checks.models import examine_reward
+    from rlhf_recipes.checks.saved import read_back_reward
+    from rlhf_recipes.data.datasets import tokenize_pairs
+    from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
+    from rlhf_recipes.evaluation.tables import print_rows
+    from rlhf_recipes.evaluation.watch import watch
+    from rlhf_recipes.models.adapters import load_with_new_adapter
+    from rlhf_recipes.process import say_left_out, warn
+    from rlhf_recipes.rewards.adapter import AdapterReward, pairwise_accuracy
+    from rlhf_recipes.runs.fingerprint import ADAPTER, made_by
+    from rlhf_recipes.runs.folder import Run
+    from rlhf_recipes.runs.sharding import whole_model
+    from rlhf_recipes.runs.trainer import RewardTrainer
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task, tokenizer = load_task(recipe), load_tokenizer(recipe)

@@ -7,7 +7,8 @@ LoRA adapter on `model.path` and merges it: the result is the next stages' backb
 """
 
 from rlhf_recipes.command_line import command
-from rlhf_recipes.recipe import Recipe, RecipeError
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.sections import Recipe
 
 
 @command("sft", __doc__)
@@ -16,26 +17,35 @@ def main(recipe: Recipe) -> dict:
     import math
     from functools import partial
 
-    from rlhf_recipes.callbacks import watch
-    from rlhf_recipes.configs import SFTConfig, refuse_unread, refused_by_trl, row_lengths, sft_fields, stage_config
-    from rlhf_recipes.data import (
+    from rlhf_recipes.algorithms.trl_config import (
+        SFTConfig,
+        refuse_unread,
+        refused_by_trl,
+        row_lengths,
+        sft_fields,
+        stage_config,
+    )
+    from rlhf_recipes.checks.memory import memory_warning
+    from rlhf_recipes.checks.models import examine_sft
+    from rlhf_recipes.checks.saved import read_back_backbone
+    from rlhf_recipes.data.datasets import tokenize_demonstrations
+    from rlhf_recipes.data.tokenizer import (
         Ends,
         complete_tokenizer,
         load_ends,
         load_tokenizer,
         texts_of,
-        tokenize_demonstrations,
         train_readable_tokenizer,
     )
-    from rlhf_recipes.doctor import examine_sft, read_back_backbone
-    from rlhf_recipes.engines import whole_model
-    from rlhf_recipes.evaluation import sample_texts
-    from rlhf_recipes.preflight import memory_warning
-    from rlhf_recipes.resumable import SFTTrainer
-    from rlhf_recipes.roles import build_backbone, load_with_new_adapter
-    from rlhf_recipes.runs import MODEL, Run
-    from rlhf_recipes.runtime import say_left_out, warn
-    from rlhf_recipes.tables import print_rows
+    from rlhf_recipes.evaluation.judging import sample_texts
+    from rlhf_recipes.evaluation.tables import print_rows
+    from rlhf_recipes.evaluation.watch import watch
+    from rlhf_recipes.models.adapters import load_with_new_adapter
+    from rlhf_recipes.models.backbone import build_backbone
+    from rlhf_recipes.process import say_left_out, warn
+    from rlhf_recipes.runs.folder import MODEL, Run
+    from rlhf_recipes.runs.sharding import whole_model
+    from rlhf_recipes.runs.trainer import SFTTrainer
     from rlhf_recipes.tasks import load_dataset, load_task
 
     task = load_task(recipe)

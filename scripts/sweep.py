@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_recipes import environment
 from rlhf_recipes.interrupts import EXIT_CODE, Interrupted
-from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.recipe.errors import RecipeError
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be run; write nothing")
     args = parser.parse_args(argv)
     try:
-        from rlhf_recipes.sweep import plan, run_sweep
-        from rlhf_recipes.sweep_file import load_sweep
+        from rlhf_recipes.sweeps.file import load_sweep
+        from rlhf_recipes.sweeps.worker import plan, run_sweep
 
         sweep = load_sweep(args.file, args.seeds, args.study, args.output, args.trials)
         if sweep.note:

@@ -86,9 +86,11 @@ def write_tiny_recipe(folder: Path) -> Path:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf_recipes.data import train_tokenizer
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.roles import build_classifier, load_backbone, lora_config
+    from rlhf_recipes.data.tokenizer import train_tokenizer
+    from rlhf_recipes.models.adapters import lora_config
+    from rlhf_recipes.models.backbone import load_backbone
+    from rlhf_recipes.models.classifier import build_classifier
+    from rlhf_recipes.recipe.loading import load_recipe
 
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(textwrap.dedent(RECIPE))
@@ -114,7 +116,7 @@ def write_foreign_reward(folder: Path) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    from rlhf_recipes.data import train_tokenizer
+    from rlhf_recipes.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["a great film, a dull plot", "poor and awful was the rest"] * 8, 280)
     tokenizer.model_max_length = 40
@@ -146,8 +148,8 @@ def roles(tiny: Path):
     """The tiny recipe's four roles, the policy moved a little away from the reference."""
     import torch
 
-    from rlhf_recipes.data import load_tokenizer
-    from rlhf_recipes.recipe import load_recipe
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.recipe.loading import load_recipe
     from rlhf_recipes.roles import build_roles
 
     recipe = load_recipe(tiny)

@@ -15,8 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from rlhf_recipes import dpo_trainer, engines
-from rlhf_recipes.recipe import section_of
+from rlhf_recipes.algorithms import dpo as dpo_trainer
+from rlhf_recipes.recipe.loading import section_of
+from rlhf_recipes.runs import sharding as engines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

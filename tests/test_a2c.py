@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.ppo_trainer import Advantages
+from rlhf_recipes.algorithms.trainer import Advantages
 from tests.test_ppo_trainer import build_trainer, rollout_of
 from tests.test_scripts import lines, run
 

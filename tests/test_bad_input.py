@@ -13,7 +13,8 @@ import yaml
 from conftest import TASK, write_foreign_reward
 from safetensors.torch import load_file, save_file
 
-from rlhf_recipes.recipe import SECTIONS, STAGES, load_recipe
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import SECTIONS, STAGES
 
 
 @pytest.fixture

@@ -9,16 +9,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import maybe_apply_chat_template
 
-from rlhf_recipes.data import (
-    encode_completion,
-    encode_prompt,
-    load_tokenizer,
-    tokenize_demonstrations,
-    tokenize_pairs,
-    tokenize_prompts,
-)
-from rlhf_recipes.preferences import tokenize_preferences
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.algorithms.pairs import tokenize_preferences
+from rlhf_recipes.data.datasets import tokenize_demonstrations, tokenize_pairs, tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.data.tokens import encode_completion, encode_prompt
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_dataset
 
 TEMPLATE = (

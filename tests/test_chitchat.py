@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.data import encode_completion, encode_prompt, load_tokenizer, tokenize_pairs
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.data.datasets import tokenize_pairs
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.data.tokens import encode_completion, encode_prompt
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_dataset, load_task
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "chitchat"

@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_recipes import diagnosis
-from rlhf_recipes.callbacks import Watch
-from rlhf_recipes.diagnosis import CHECKS, Finding, diagnose
-from rlhf_recipes.recipe import OWNER_OF, SECTIONS, load_recipe, refused_keys
-from rlhf_recipes.schema import stage_fields
+from rlhf_recipes.evaluation import diagnosis
+from rlhf_recipes.evaluation.diagnosis import CHECKS, diagnose
+from rlhf_recipes.evaluation.watch import Watch
+from rlhf_recipes.recipe.keys import OWNER_OF, refused_keys
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import SECTIONS
+from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.runs.folder import Finding
 from tests.test_scripts import lines, run
 
 SE, LENGTH, ENTROPY, GOLD = 0.1, 20.0, 2.0, 0.9
@@ -311,8 +314,8 @@ def watched_run(tiny, tmp_path, monkeypatch, action, hacked_at, gold=(0.1, 0.2, 
         assert (stage, ends_matter) == ("ppo", False)
         return [HACKED] if history[-1]["step"] >= hacked_at else []
 
-    monkeypatch.setattr("rlhf_recipes.online.optional_gold", lambda *_: scripted_gold)
-    monkeypatch.setattr("rlhf_recipes.callbacks.diagnose", scripted_diagnosis)
+    monkeypatch.setattr("rlhf_recipes.algorithms.online.optional_gold", lambda *_: scripted_gold)
+    monkeypatch.setattr("rlhf_recipes.evaluation.watch.diagnose", scripted_diagnosis)
     summary = run("ppo", tiny, tmp_path, f"--watch.on_over_optimisation={action}", f"--run.name={action}", *EVERY_UPDATE)
     folder = tmp_path / "outputs/tiny/ppo" / action
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -401,9 +404,9 @@ def test_gold_without_an_opinion_on_one_completion_is_not_the_best(tiny, tmp_pat
 def test_a_finding_is_an_alert_of_wandb_and_survives_its_failure(tiny, tmp_path, monkeypatch, capsys):
     from unittest import mock
 
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.runs import Run
-    from rlhf_recipes.tracking import Tracker
+    from rlhf_recipes.recipe.loading import load_recipe
+    from rlhf_recipes.runs.folder import Run
+    from rlhf_recipes.runs.trackers import Tracker
 
     recipe = load_recipe(tiny, {"run.output": str(tmp_path), "run.tracker": "wandb"})
     tracker = Tracker(recipe, "ppo", tmp_path, enabled=False)

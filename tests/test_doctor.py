@@ -1,14 +1,21 @@
 """The checks before a run: each failure says what to change, and nothing is written."""
 
+import os
+
+import psutil
 import pytest
 import torch
 
-from rlhf_recipes import doctor, preflight
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.doctor import examine
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.rewards import FunctionReward, Term
-from rlhf_recipes.roles import build_roles, tokens_without_row
+from rlhf_recipes.checks import machine, memory, models
+from rlhf_recipes.checks.models import examine
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.backbone import tokens_without_row
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.function import FunctionReward
+from rlhf_recipes.rewards.total import Term
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
@@ -69,7 +76,7 @@ def test_tokenizer_and_backbone_that_do_not_agree(ready):
 def test_a_failed_check_writes_nothing(tiny, tmp_path, capsys, monkeypatch, script):
     import importlib
 
-    monkeypatch.setitem(doctor.ROUNDING, torch.float32, -1.0)
+    monkeypatch.setitem(models.ROUNDING, torch.float32, -1.0)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"scripts.{script}").main(["--recipe", str(tiny), "--run.output", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -79,15 +86,15 @@ def test_a_failed_check_writes_nothing(tiny, tmp_path, capsys, monkeypatch, scri
 
 def test_memory_and_disk(tiny, monkeypatch, tmp_path):
     recipe = load_recipe(tiny, {"run.output": str(tmp_path / "not" / "yet")})
-    assert preflight.warnings(recipe, "ppo") == []
-    preflight.check(recipe, "ppo")
-    estimate = sum(preflight.memory_estimate(recipe, "ppo").values())
+    assert machine.warnings(recipe, "ppo") == []
+    machine.check(recipe, "ppo")
+    estimate = sum(memory.memory_estimate(recipe, "ppo").values())
     for available, warned in ((estimate * 0.9, True), (estimate * 1.1, False)):
-        monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda a=available: type("M", (), {"available": a}))
-        assert bool(preflight.warnings(recipe, "ppo")) == warned
-    monkeypatch.setattr(preflight.psutil, "disk_usage", lambda path: type("D", (), {"free": 1000}))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: type("M", (), {"available": a}))
+        assert bool(machine.warnings(recipe, "ppo")) == warned
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: type("D", (), {"free": 1000}))
     with pytest.raises(RecipeError, match=rf"free in {tmp_path}; make room, or choose another place with --run.output"):
-        preflight.check(recipe, "ppo")
+        machine.check(recipe, "ppo")
 
 
 def test_a_token_that_stands_for_images_needs_no_row(ready):
@@ -102,6 +109,6 @@ def test_a_token_that_stands_for_images_needs_no_row(ready):
 
 
 def test_weights_that_only_their_owner_may_read_are_named(tiny, monkeypatch):
-    monkeypatch.setattr(preflight.os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
     with pytest.raises(RecipeError, match=r"`model.path` checkpoints/backbone: .*model.safetensors may not be read by you"):
-        preflight.check(load_recipe(tiny), "ppo")
+        machine.check(load_recipe(tiny), "ppo")

@@ -8,15 +8,17 @@ import pytest
 import torch
 import trl
 
-from rlhf_recipes.configs import DPOConfig, stage_config
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.dpo_trainer import DPOTrainer, dpo_fields, first_loss
-from rlhf_recipes.evaluation import complete
-from rlhf_recipes.preferences import load_pairs
-from rlhf_recipes.preflight import DPO_LOSSES, F_DIVERGENCES, SMOOTHED
-from rlhf_recipes.recipe import StoppedError, load_recipe
-from rlhf_recipes.roles import Reference
-from rlhf_recipes.sampling import Sampled
+from rlhf_recipes.algorithms.dpo import DPOTrainer, dpo_fields, first_loss
+from rlhf_recipes.algorithms.pairs import load_pairs
+from rlhf_recipes.algorithms.trl_config import DPOConfig, stage_config
+from rlhf_recipes.checks.settings import DPO_LOSSES, F_DIVERGENCES, SMOOTHED
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.judging import complete
+from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.recipe.errors import StoppedError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rollouts.lean import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_ppo_trainer import build_trainer
 from tests.test_scripts import lines, run
@@ -52,7 +54,9 @@ def test_the_sampled_tokens_reach_the_loss_unchanged(pairs, tiny, roles, tmp_pat
 
 def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tmp_path, monkeypatch, pairs):
     """The same tokens through each stage's own path; what the reference said is recorded where each asks it."""
-    from rlhf_recipes import dpo_trainer, evaluation, ppo_trainer
+    from rlhf_recipes.algorithms import dpo as dpo_module
+    from rlhf_recipes.algorithms import trainer
+    from rlhf_recipes.evaluation import judging
 
     recipe = load_recipe(tiny)
     prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
@@ -78,7 +82,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
             sampled = Sampled(sequences, sequences != 0, torch.zeros(4, 6), ended)
             monkeypatch.setattr(module, "sample_completions", lambda *args: sampled)
 
-    for module in (ppo_trainer, dpo_trainer, evaluation):
+    for module in (trainer, dpo_module, judging):
         recording(module)
     ppo = build_trainer(tiny, tmp_path)
     ppo.rollout(torch.tensor(queries), torch.tensor(queries) != 0, prompts[:])

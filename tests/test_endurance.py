@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from rlhf_recipes.resumable import Keeper
+from rlhf_recipes.runs.trainer import Keeper
 from tests.test_resume import run
 
 UPDATES, WARM_UP = 1200, 200

@@ -19,11 +19,13 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from rlhf_recipes import environment, runs, runtime
-from rlhf_recipes.recipe import followed, load_recipe
-from rlhf_recipes.runs import Run
+from rlhf_recipes import environment, process
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import followed
+from rlhf_recipes.runs import folder
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.trackers import Tracker, _project
 from rlhf_recipes.tasks import load_dataset, load_task
-from rlhf_recipes.tracking import Tracker, _project
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,13 +134,13 @@ def test_without_symbolic_links_latest_is_a_file_that_everything_follows(tiny, t
 def test_a_link_gives_way_to_a_file_and_a_file_to_a_link(tmp_path, monkeypatch):
     for name in ("a", "b", "c"):
         (tmp_path / name / "deep").mkdir(parents=True)
-    runs._point_latest(tmp_path / "a")
+    folder._point_latest(tmp_path / "a")
     assert followed(tmp_path / "latest" / "deep").resolve() == tmp_path / "a" / "deep"
     with monkeypatch.context() as patch:
         no_links(patch)
-        runs._point_latest(tmp_path / "b")
+        folder._point_latest(tmp_path / "b")
     assert followed(tmp_path / "latest" / "deep") == tmp_path / "b" / "deep"
-    runs._point_latest(tmp_path / "c")
+    folder._point_latest(tmp_path / "c")
     assert (tmp_path / "latest").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "latest"]
 
@@ -149,7 +151,7 @@ def test_a_run_that_cannot_be_made_leaves_nothing(tiny, tmp_path, monkeypatch):
     def full(folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "_point_latest", full)
+    monkeypatch.setattr(folder, "_point_latest", full)
     with pytest.raises(OSError, match="No space"):
         Run.prepare(recipe, "ppo").start()
     assert list((tmp_path / "tiny/ppo").iterdir()) == []
@@ -174,7 +176,7 @@ def test_runs_of_one_second_all_run(tiny, tmp_path, monkeypatch):
         def now(cls, tz=None):
             return datetime(2026, 1, 1)
 
-    monkeypatch.setattr(runs, "datetime", Clock)
+    monkeypatch.setattr(folder, "datetime", Clock)
     recipe = load_recipe(tiny, {"run.output": str(tmp_path)})
     jobs = [Run.prepare(recipe, "ppo") for _ in range(6)]
     assert len({job.folder for job in jobs}) == 1
@@ -318,10 +320,10 @@ def test_threads(variables, threads, monkeypatch):
         monkeypatch.setenv(name, value)
     before = torch.get_num_threads()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "_cores", lambda: 4)
+    monkeypatch.setattr(process, "_cores", lambda: 4)
     try:
         torch.set_num_threads(3)  # as OMP_NUM_THREADS would have it
-        runtime.configure(0)
+        process.configure(0)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rlhf_recipes.data import tokenize_prompts
-from rlhf_recipes.evaluation import complete, distinct_n
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.tables import markdown_samples
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.evaluation.judging import complete, distinct_n
+from rlhf_recipes.evaluation.tables import markdown_samples
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts, train_tokenizer
-from rlhf_recipes.doctor import path_gaps
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.checks.models import path_gaps
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.conftest import TASK

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_recipes.fingerprint import another_backbone, differences, fingerprint, recorded_fingerprint, source_hash
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.runs.fingerprint import another_backbone, differences, fingerprint, recorded_fingerprint, source_hash
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_other_weights_at_the_same_place_are_another_thing(folder, part, tiny, m
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch):
-    from rlhf_recipes import fingerprint as module
+    from rlhf_recipes.runs import fingerprint as module
 
     monkeypatch.setattr(module, "_READ_WHOLE", 1000)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

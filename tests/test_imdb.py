@@ -57,9 +57,10 @@ def test_checkpoints_are_safetensors_and_small():
 
 
 def test_shipped_reward_prefers_praise():
-    from rlhf_recipes.data import load_tokenizer
-    from rlhf_recipes.recipe import load_recipe
-    from rlhf_recipes.roles import load_backbone, load_rewards
+    from rlhf_recipes.data.tokenizer import load_tokenizer
+    from rlhf_recipes.models.backbone import load_backbone
+    from rlhf_recipes.recipe.loading import load_recipe
+    from rlhf_recipes.rewards.total import load_rewards
 
     recipe = load_recipe(FOLDER)
     tokenizer = load_tokenizer(recipe)

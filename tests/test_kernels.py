@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from rlhf_recipes.lora import LeanLoraLinear, use_lean_lora
+from rlhf_recipes.models.lora import LeanLoraLinear, use_lean_lora
 
 
 def peft_model(dtype, dropout=0.0, bias=True):

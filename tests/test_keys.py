@@ -1,6 +1,6 @@
 """Every key that a stage accepts changes what it says, or is refused with the reason: there is no third kind.
 
-`KEYS` has, of every key that is not refused (rlhf_recipes/keys.py), a value other than its default and what must then be
+`KEYS` has, of every key that is not refused (rlhf_recipes/recipe/keys.py), a value other than its default and what must then be
 different. A field that a new TRL brings is in no table, and fails here until it is tried, or refused.
 """
 
@@ -18,10 +18,12 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rlhf_recipes import keys
-from rlhf_recipes.names import ABSENT, MEANT, meant
-from rlhf_recipes.recipe import SECTIONS, STAGES, RecipeError, keys_of_sections, load_recipe, section_of
-from rlhf_recipes.schema import stage_fields
+from rlhf_recipes.recipe import keys
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import keys_of_sections, load_recipe, section_of
+from rlhf_recipes.recipe.names import ABSENT, MEANT, meant
+from rlhf_recipes.recipe.sections import SECTIONS, STAGES
+from rlhf_recipes.recipe.trl_fields import stage_fields
 from tests.test_scripts import run
 
 # --- how a key is observed ---------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def observe(section, values, place, recipe, key):
     """What `key.look` sees of a stage with `values`, dotted keys; a stage is run once for the same values."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from rlhf_recipes.resumable import Resumable
+    from rlhf_recipes.runs.trainer import Resumable
 
     said = json.dumps([section, key.trained, values, str(recipe)], sort_keys=True)
     if said in KNOWN:
@@ -412,7 +414,7 @@ def test_it_is_known_of_every_key_that_is_accepted_what_it_does(stage):
     unknown = keys_of_sections()[stage] - KEYS[stage].keys()
     assert not unknown, (
         f"{sorted(unknown)}: accepted in `{stage}`, and nobody knows what they do here: try them and put them into KEYS with "
-        f"what they change, or refuse them in rlhf_recipes/keys.py with the reason"
+        f"what they change, or refuse them in rlhf_recipes/recipe/keys.py with the reason"
     )
 
 
@@ -728,7 +730,7 @@ JUDGED = {"adapter": "checkpoints/reward", "read_eos": False, "name": "mine", "n
             [("a", None, False), (None, "g", True)],
             True,
         ),
-        ({"reward.function": "f", "ppo.reward_baseline": True}, [(None, "f", True)], True),  # which preflight.py refuses
+        ({"reward.function": "f", "ppo.reward_baseline": True}, [(None, "f", True)], True),  # which checks/settings.py refuses
     ],
 )
 def test_an_override_of_the_reward_takes_the_place_of_the_files(overrides, terms, baseline, tmp_path):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.enumeration import completions_of, enumerate_policy
-from rlhf_recipes.evaluation import complete
-from rlhf_recipes.objective import (
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.exact import completions_of, enumerate_policy
+from rlhf_recipes.evaluation.judging import complete
+from rlhf_recipes.optimum import (
     estimate_optimal_objective,
     kl_divergence,
     objective_value,
@@ -17,7 +18,8 @@ from rlhf_recipes.objective import (
     optimal_objective,
     optimal_policy,
 )
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.roles import build_roles, judged_policy
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_scripts import run

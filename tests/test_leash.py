@@ -7,17 +7,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlhf_recipes.objective import (
-    adapted_beta,
-    correlation,
-    explained_variance,
-    kl_divergence,
-    token_kl,
-    weighted_token_kl,
-)
-from rlhf_recipes.ppo_trainer import Advantages
-from rlhf_recipes.roles import Reference
-from rlhf_recipes.sampling import response_forward
+from rlhf_recipes.algorithms.trainer import Advantages
+from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.objective import adapted_beta, correlation, explained_variance, token_kl, weighted_token_kl
+from rlhf_recipes.optimum import kl_divergence
+from rlhf_recipes.rollouts.forward import response_forward
 from tests.test_ppo_trainer import build_trainer, logs_of, rewards_of_the_next_kl, rollout_of
 from tests.test_scripts import run
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_recipes import logprobs
-from rlhf_recipes.logprobs import Head, token_statistics
+from rlhf_recipes.models import logprobs
+from rlhf_recipes.models.logprobs import Head, token_statistics
 
 
 def example(bias=True, frozen=True, vocabulary=37):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import preflight
-from rlhf_recipes.data import load_tokenizer
-from rlhf_recipes.look import look
-from rlhf_recipes.preflight import backbone_vocabulary
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.checks import memory
+from rlhf_recipes.checks.files import backbone_vocabulary
+from rlhf_recipes.checks.look import look
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from tests.test_scripts import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,7 @@ def test_the_longest_row_is_what_the_memory_estimate_counts(task, capsys):
     shorter = capsys.readouterr().out
     assert "the most that" not in shorter
     sums = [re.search(r"activations +([\d,]+) MiB", text)[1] for text in (known, shorter)]
-    estimates = [preflight.memory_estimate(long, "reward", longest)["activations"] for longest in (tokens, 16)]
+    estimates = [memory.memory_estimate(long, "reward", longest)["activations"] for longest in (tokens, 16)]
     assert sums == [f"{estimate / 2**19:,.0f}" for estimate in estimates]  # twice that on a CPU
 
 

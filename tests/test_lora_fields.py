@@ -11,11 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.doctor import moved, path_gaps, read_back_policy
-from rlhf_recipes.recipe import LORA_REFUSED, LoraSection, RecipeError, load_recipe
-from rlhf_recipes.roles import Reference, build_roles, judged_policy, load_policy_adapter, shared_copy
-from rlhf_recipes.sampling import response_forward, sample_completions
+from rlhf_recipes.checks.models import moved, path_gaps
+from rlhf_recipes.checks.saved import read_back_policy
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.backbone import shared_copy
+from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import LORA_REFUSED, LoraSection
+from rlhf_recipes.roles import build_roles, judged_policy, load_policy_adapter
+from rlhf_recipes.rollouts.forward import response_forward
+from rlhf_recipes.rollouts.lean import sample_completions
 from rlhf_recipes.tasks import load_dataset, load_task
 
 TAKEN = {
@@ -205,13 +212,13 @@ def test_training_mode_never_reaches_the_backbone_but_the_adapters_dropout(tiny)
 
 
 def test_a_policy_that_is_sampled_otherwise_than_it_speaks_is_refused(tiny, monkeypatch):
-    from rlhf_recipes import doctor
+    from rlhf_recipes.checks import models
 
     recipe, roles, prompts = ready(tiny, {})
-    doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)
+    models.examine_judged("mine", roles.policy, roles, prompts, recipe)
     with moved(roles.policy):
-        doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)
-        sampler = doctor.sample_completions
-        monkeypatch.setattr(doctor, "sample_completions", lambda policy, *rest: sampler(roles.reference, *rest))
+        models.examine_judged("mine", roles.policy, roles, prompts, recipe)
+        sampler = models.sample_completions
+        monkeypatch.setattr(models, "sample_completions", lambda policy, *rest: sampler(roles.reference, *rest))
         with pytest.raises(RecipeError, match=r"mine: log-probabilities as it is sampled are .* nats a token from"):
-            doctor.examine_judged("mine", roles.policy, roles, prompts, recipe)
+            models.examine_judged("mine", roles.policy, roles, prompts, recipe)

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_recipes import publish
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.roles import load_backbone
-from rlhf_recipes.tables import fraction_bound
+from rlhf_recipes.evaluation.tables import fraction_bound
+from rlhf_recipes.models.backbone import load_backbone
+from rlhf_recipes.recipe.loading import load_recipe
 from scripts import evaluate, merge, ppo
 
 

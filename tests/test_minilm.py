@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes.data import load_tokenizer
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.rewards import Rewards, Term
-from rlhf_recipes.roles import load_model_reward
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.model import load_model_reward
+from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_rewards import samples_of
 

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from rlhf_recipes.__main__ import main
-from rlhf_recipes.fingerprint import ADAPTER, made_by, rewards_of_others
 from rlhf_recipes.new import new
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.sweep_file import another_recipe, load_sweep
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.runs.fingerprint import ADAPTER, made_by, rewards_of_others
+from rlhf_recipes.sweeps.file import another_recipe, load_sweep
 from rlhf_recipes.tasks import load_task
 from tests.test_fingerprint import change_weights
 
@@ -368,7 +368,7 @@ def test_a_reward_says_what_it_was_trained_on_wherever_it_is_put(walked, monkeyp
             shutil.copy(file, folder / "checkpoints" / "reward")
     [line] = rewards_of_others(load_recipe(there))
     assert "was trained for the recipe mytask, and this is there. " in line
-    monkeypatch.setattr("rlhf_recipes.recipe.Recipe.task", "mytask")
+    monkeypatch.setattr("rlhf_recipes.recipe.sections.Recipe.task", "mytask")
     assert rewards_of_others(load_recipe(here)) == []
 
 

@@ -5,22 +5,19 @@ import itertools
 import pytest
 import torch
 
-from rlhf_recipes.objective import (
+from rlhf_recipes.algorithms.trainer import trl_ppo_trainer
+from rlhf_recipes.objective import generalized_advantages, masked_mean, token_kl, whitening_scale
+from rlhf_recipes.optimum import (
     best_of_n_kl,
     best_of_n_weights,
     bootstrap_interval,
     estimate_optimal_objective,
     fraction_of_optimum,
-    generalized_advantages,
-    masked_mean,
     objective_value,
     optimal_frontier_point,
     optimal_objective,
     optimal_policy,
-    token_kl,
-    whitening_scale,
 )
-from rlhf_recipes.ppo_trainer import trl_ppo_trainer
 
 
 def test_kl_estimators_have_the_exact_kl_as_their_mean():

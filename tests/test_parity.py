@@ -13,12 +13,15 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from rlhf_recipes.configs import stage_config
-from rlhf_recipes.data import Ends, load_tokenizer
-from rlhf_recipes.ppo_trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import Rewards, Term
-from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, lora_config
+from rlhf_recipes.algorithms.trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
+from rlhf_recipes.algorithms.trl_config import stage_config
+from rlhf_recipes.data.tokenizer import Ends, load_tokenizer
+from rlhf_recipes.models.adapters import lora_config
+from rlhf_recipes.models.backbone import load_backbone
+from rlhf_recipes.models.value import ValueAdapter
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.total import Rewards, Term
+from rlhf_recipes.roles import build_roles
 from tests.test_ppo_trainer import Recorder
 
 # TRL averages the entropy over padding too; ours is over the response's tokens.
@@ -106,7 +109,7 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     )
     trainer = PPOTrainer(PPOConfig(**values), roles, prompts, callbacks=[ours])
     np.random.seed(0)
-    with mock.patch("rlhf_recipes.sampling.sample_tokens", as_generate_does):
+    with mock.patch("rlhf_recipes.rollouts.lean.sample_tokens", as_generate_does):
         trainer.train()
 
     assert len(ours.logs) == len(stock.logs) == 4
@@ -140,7 +143,7 @@ def test_trls_own_loop_on_our_roles_gives_the_same_metrics(tiny, tmp_path):
         args = stage_config(PPOConfig, recipe, "ppo", tmp_path, **ppo_fields(recipe, "ppo"))
         trainer = PPOTrainer(args, roles, prompts, callbacks=[recorder])
         np.random.seed(0)
-        with mock.patch("rlhf_recipes.sampling.sample_tokens", as_generate_does):
+        with mock.patch("rlhf_recipes.rollouts.lean.sample_tokens", as_generate_does):
             trainer.train()
         logs[loop] = recorder.logs
         trainer.save_model(tmp_path / loop)

@@ -5,12 +5,13 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from rlhf_recipes.configs import stage_config
-from rlhf_recipes.data import load_tokenizer, tokenize_prompts
-from rlhf_recipes.ppo_trainer import Advantages, PPOConfig, PPOTrainer, ppo_fields
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.algorithms.trainer import Advantages, PPOConfig, PPOTrainer, ppo_fields
+from rlhf_recipes.algorithms.trl_config import stage_config
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.roles import build_roles
-from rlhf_recipes.sampling import Sampled
+from rlhf_recipes.rollouts.lean import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
@@ -122,7 +123,7 @@ def rollout_of(trainer, query, responses):
     from unittest import mock
 
     queries = torch.tensor([query] * len(responses))
-    with mock.patch("rlhf_recipes.ppo_trainer.sample_completions", return_value=drawn(query, responses)):
+    with mock.patch("rlhf_recipes.algorithms.trainer.sample_completions", return_value=drawn(query, responses)):
         return trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["the film"] * len(responses)})
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_recipes.data import load_tokenizer
-from rlhf_recipes.evaluation import Completions
-from rlhf_recipes.preferences import label_pairs, load_pairs, tokenize_preferences
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.algorithms.pairs import label_pairs, load_pairs, tokenize_preferences
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.judging import Completions
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from tests.test_scripts import lines, run
 
 

@@ -32,10 +32,12 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from rlhf_recipes import preflight
+from rlhf_recipes.checks import files, machine, memory
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.data import encode_completion, encode_prompt, load_tokenizer
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.data.tokens import encode_completion, encode_prompt
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_dataset, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,18 +301,22 @@ def shapes_of(name: str) -> dict[str, list[int]]:
 
 @pytest.fixture
 def real_sizes(monkeypatch):
-    """preflight.py sees the real models' configs and weights as if they were on this machine."""
+    """The checks see the real models' configs and weights as if they were on this machine."""
     shapes = {name: shapes_of(name) for name in REAL}
 
     def backbone_of(recipe):
         return recipe.model.path if recipe.model.path in REAL else BACKBONES[recipe.task]
 
-    monkeypatch.setattr(preflight, "_backbone", lambda recipe: (REAL[backbone_of(recipe)], shapes[backbone_of(recipe)]))
-    monkeypatch.setattr(preflight, "_shapes", lambda recipe, path: shapes[path])
-    monkeypatch.setattr(
-        preflight, "_local_json", lambda recipe, name: REAL[backbone_of(recipe)] if name == "config.json" else {}
-    )
-    monkeypatch.setattr(preflight, "_installed", lambda package: True)
+    def local_json(recipe, name):
+        return REAL[backbone_of(recipe)] if name == "config.json" else {}
+
+    for module in (files, machine, memory):
+        monkeypatch.setattr(
+            module, "backbone_of", lambda recipe: (REAL[backbone_of(recipe)], shapes[backbone_of(recipe)]), raising=False
+        )
+        monkeypatch.setattr(module, "shapes_of", lambda recipe, path: shapes[path], raising=False)
+        monkeypatch.setattr(module, "local_json", local_json, raising=False)
+    monkeypatch.setattr(machine, "_installed", lambda package: True)
     return shapes
 
 
@@ -334,8 +340,8 @@ def test_the_estimates_in_the_readme_are_the_preflights(name, real_sizes):
     assert [stage for stage, flags, _ in rows if not flags] == STAGES[name]
     for stage, flags, estimate in rows:
         recipe = load_recipe(ROOT / "recipes" / name, parse_command_line(shlex.split(flags)).overrides)
-        preflight.check(recipe, stage)  # lengths and batch sizes fit the real model
-        assert estimate == f"{sum(preflight.memory_estimate(recipe, stage).values()) / 2**30:.1f}", (stage, flags)
+        machine.check(recipe, stage)  # lengths and batch sizes fit the real model
+        assert estimate == f"{sum(memory.memory_estimate(recipe, stage).values()) / 2**30:.1f}", (stage, flags)
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
@@ -394,8 +400,8 @@ def test_an_answer_never_changes_the_tokens_before_it(name, answer, tmp_path):
 
 def test_the_judge_reads_the_conversation_as_it_was_trained_to(tmp_path):
     """By its own tokenizer and template: one score, that of the model card's own lines."""
-    from rlhf_recipes.rewards import Rewards, Term
-    from rlhf_recipes.roles import load_model_reward
+    from rlhf_recipes.rewards.model import load_model_reward
+    from rlhf_recipes.rewards.total import Rewards, Term
     from tests.test_rewards import samples_of
 
     recipe, tokenizer = stand_in_of("ultrafeedback", tmp_path / "policy")
@@ -614,7 +620,8 @@ def test_every_stage_but_sft_runs_on_a_backbone_of_4_bits(name, hub, tmp_path):
 def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
 
-    from rlhf_recipes.roles import _is_4bit, build_roles
+    from rlhf_recipes.models.backbone import is_4bit
+    from rlhf_recipes.roles import build_roles
 
     run("reward", "hh", tmp_path, **{"model.path": str(write_stand_in(tmp_path / "hub", BACKBONES["hh"], **BLOCKS))})
     values = overrides("hh") | {
@@ -623,7 +630,7 @@ def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, 
     }  # fmt: skip
     recipe = load_recipe(ROOT / "recipes" / "hh", values)
     roles = build_roles(recipe, load_tokenizer(recipe), value="adapter")
-    layers = {role: [m for m in getattr(roles, role).modules() if _is_4bit(m)] for role in ("policy", "value", "reward")}
+    layers = {role: [m for m in getattr(roles, role).modules() if is_4bit(m)] for role in ("policy", "value", "reward")}
     assert len(layers["policy"]) == 2 * 7  # every linear layer of both blocks
     for role in ("value", "reward"):
         assert all(a is b for a, b in zip(layers["policy"], layers[role], strict=True))
@@ -633,7 +640,7 @@ def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, 
         judged = roles.reference(input_ids=ids).logits
         whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
         for name, module in roles.policy.named_modules():
-            if _is_4bit(module):
+            if is_4bit(module):
                 weight = whole.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer")).weight
                 rounded = dequantize_4bit(module.weight.data, module.weight.quant_state)
                 assert ((rounded - weight).norm() / weight.norm()).item() == pytest.approx(
@@ -660,9 +667,9 @@ def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, 
     ],
 )
 def test_what_4_bits_cannot_do_is_refused(stage, more, message, monkeypatch):
-    monkeypatch.setattr(preflight, "_installed", lambda package: False)
+    monkeypatch.setattr(machine, "_installed", lambda package: False)
     with pytest.raises(RecipeError, match=message):
-        preflight.check(load_recipe(ROOT / "recipes" / "hh", {"model.quantization": "4bit", **more}), stage)
+        machine.check(load_recipe(ROOT / "recipes" / "hh", {"model.quantization": "4bit", **more}), stage)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
@@ -670,4 +677,4 @@ def test_4_bits_are_not_sharded(engine, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(RecipeError, match="4-bit weights are not taken apart"):
-        preflight.check(load_recipe(ROOT / "recipes" / "hh", {"model.quantization": "4bit"}), "dpo")
+        machine.check(load_recipe(ROOT / "recipes" / "hh", {"model.quantization": "4bit"}), "dpo")

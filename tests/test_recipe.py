@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_recipes import keys, look
+from rlhf_recipes.checks import look
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.new import new
-from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, RecipeError, load_recipe
-from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe import keys
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.recipe.sections import SECTIONS
+from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.parent for p in ROOT.glob("recipes/*/recipe.yaml"))
@@ -40,7 +43,7 @@ def unseen(monkeypatch):
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda p: p.name)
-@pytest.mark.parametrize("stage", sorted(p.stem for p in ROOT.glob("scripts/*.py") if p.stem not in ("benchmark", "sweep")))
+@pytest.mark.parametrize("stage", sorted(p.stem for p in ROOT.glob("scripts/*.py") if p.stem != "sweep"))
 def test_every_recipe_dry_runs_every_stage(folder, stage, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert run_script(stage, ["--recipe", str(folder), "--dry-run"]) is None
@@ -114,8 +117,8 @@ def test_make_targets_named_in_the_docs_exist():
 def test_fields_read_from_source_are_the_real_ones():
     import trl
 
-    from rlhf_recipes.configs import DPOConfig, SFTConfig
-    from rlhf_recipes.ppo_trainer import PPOConfig
+    from rlhf_recipes.algorithms.trainer import PPOConfig
+    from rlhf_recipes.algorithms.trl_config import DPOConfig, SFTConfig
 
     real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOConfig, "a2c": PPOConfig, "dpo": DPOConfig}
     assert set(real) == set(CONFIG_SOURCES)
@@ -127,12 +130,12 @@ def test_fields_read_from_source_are_the_real_ones():
 def test_every_own_key_is_read_somewhere():
     """A key that nothing reads is a promise nobody keeps."""
     read = set()
-    for file in [*ROOT.glob("rlhf_recipes/*.py"), *ROOT.glob("scripts/*.py")]:
+    for file in [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py")]:
         read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     for name, section in SECTIONS.items():
         for field in dataclasses.fields(section) if name != "lora" else ():  # PEFT's own; test_lora_fields.py tries each
             assert field.name in read, f"{name}.{field.name}"
-    stage_text = "".join(file.read_text() for file in [*ROOT.glob("rlhf_recipes/*.py"), *ROOT.glob("scripts/*.py")])
+    stage_text = "".join(file.read_text() for file in [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py")])
     for stage, sources in CONFIG_SOURCES.items():
         own = [s for s in sources if s[0] == "rlhf_recipes"]
         for _, file, class_name in own:

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.recipe import DEFAULT_RECIPE, SECTIONS, STAGES, Recipe, RecipeError, load_recipe
-from rlhf_recipes.schema import stage_fields
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.recipe.sections import SECTIONS, STAGES, Recipe
+from rlhf_recipes.recipe.trl_fields import stage_fields
 
 GOOD = {"model": {"path": "x"}, "reward": {"adapter": "y"}}
 IMDB = yaml.safe_load((DEFAULT_RECIPE / "recipe.yaml").read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from rlhf_recipes.report import headline, render_html, render_markdown, table_metrics, write_report
-from rlhf_recipes.report_data import load_report_data
-from rlhf_recipes.report_plots import (
+from rlhf_recipes.report.data import load_report_data
+from rlhf_recipes.report.page import headline, render_html, render_markdown, table_metrics, write_report
+from rlhf_recipes.report.plots import (
     curve_plots,
     differing_settings,
     frontier_plot,

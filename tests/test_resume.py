@@ -18,10 +18,11 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from rlhf_recipes import interrupts
-from rlhf_recipes.checkpoints import checkpoints_of, damage, prune, write_checkpoint
-from rlhf_recipes.recipe import RecipeError, StoppedError, load_recipe
-from rlhf_recipes.resumable import Keeper
-from rlhf_recipes.resume import resumed_recipe
+from rlhf_recipes.recipe.errors import RecipeError, StoppedError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.runs.checkpoints import checkpoints_of, damage, prune, write_checkpoint
+from rlhf_recipes.runs.resume import resumed_recipe
+from rlhf_recipes.runs.trainer import Keeper
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED = ("adapter_model.safetensors", "adapter/adapter_model.safetensors", "model/model.safetensors", "value.safetensors",
@@ -136,7 +137,7 @@ def test_a_run_killed_after_its_last_step_is_only_judged(stage, tiny, output, wh
 
 
 def test_a_run_killed_between_rounds_keeps_its_pairs(tiny, output, whole, monkeypatch):
-    from rlhf_recipes import preferences
+    from rlhf_recipes.algorithms import pairs as preferences
 
     undisturbed = whole("dpo")
     sample, asked = preferences.sample_pairs, []
@@ -374,7 +375,7 @@ def test_a_second_signal_exits_at_once(monkeypatch):
 
 
 def test_a_signal_while_sampling_pairs_ends_with_the_same_code_and_goes_on(tiny, output, whole, monkeypatch):
-    from rlhf_recipes import preferences
+    from rlhf_recipes.algorithms import pairs as preferences
 
     label = preferences.label_pairs
     monkeypatch.setattr(preferences, "label_pairs", lambda *args: (terminated(), label(*args))[1])
@@ -483,7 +484,7 @@ def test_wandb_failing_in_the_middle_of_a_run_does_not_stop_it(tiny, tmp_path, m
 
 def test_every_field_of_the_recipe_is_free_or_belongs_to_the_run(tiny):
     """A section that is new has to be thought of in resume.py."""
-    from rlhf_recipes.resume import _is_free
+    from rlhf_recipes.runs.resume import _is_free
 
     recipe = load_recipe(tiny)
     free = {f.name for f in dataclasses.fields(recipe) if f.name not in ("folder", "stages") and _is_free(f"{f.name}.x", "ppo")}

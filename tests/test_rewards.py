@@ -19,12 +19,16 @@ from transformers import (
 )
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
-from rlhf_recipes.data import load_tokenizer
-from rlhf_recipes.evaluation import complete, prepare_rewards
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.rewards import FunctionReward, ModelReward, RewardError, Rewards, Samples, Term
-from rlhf_recipes.roles import build_roles, load_model_reward
-from rlhf_recipes.runs import Run
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.judging import complete, prepare_rewards
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.function import FunctionReward, RewardError
+from rlhf_recipes.rewards.model import ModelReward, load_model_reward
+from rlhf_recipes.rewards.total import Rewards, Term
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.rollouts.samples import Samples
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.tasks import load_task, optional_gold
 
 PROMPTS, TEXTS = ["the film was", "the plot", "a"], [" great", " dull and poor", ""]
@@ -402,7 +406,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
     run.folder.mkdir(parents=True)
     roles.reward.terms["gold_reward"].scorer.function = lambda p, c: [float(len(text)) for text in c]
     prepare_rewards(roles, task, run)
-    from rlhf_recipes.data import tokenize_prompts
+    from rlhf_recipes.data.datasets import tokenize_prompts
     from rlhf_recipes.tasks import load_dataset
 
     prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), roles.tokenizer, 24)

@@ -4,11 +4,17 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from rlhf_recipes.data import load_tokenizer
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.rewards import Samples
-from rlhf_recipes.roles import ValueAdapter, build_roles, load_backbone, load_rewards, merged_adapters
-from rlhf_recipes.sampling import model_inputs, response_forward, sample_completions
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.adapters import merged_adapters
+from rlhf_recipes.models.backbone import load_backbone
+from rlhf_recipes.models.value import ValueAdapter
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.total import load_rewards
+from rlhf_recipes.roles import build_roles
+from rlhf_recipes.rollouts.forward import model_inputs, response_forward
+from rlhf_recipes.rollouts.lean import sample_completions
+from rlhf_recipes.rollouts.samples import Samples
 
 
 def batch(tokenizer, texts=("the film was", "plot", "the great superb fine film")):

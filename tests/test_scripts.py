@@ -177,7 +177,7 @@ def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ppo", "dpo"])
 def test_the_benchmark_measures_both_sides(kind, tiny, tmp_path, capsys):
-    from scripts import benchmark
+    from benchmarks import compare
 
     file = tmp_path / "figures.json"
     model = tiny / "checkpoints" / "backbone"
@@ -197,7 +197,7 @@ def test_the_benchmark_measures_both_sides(kind, tiny, tmp_path, capsys):
         "--json",
         file,
     ]
-    benchmark.main(list(map(str, words)))
+    compare.main(list(map(str, words)))
     figures = json.loads(file.read_text())
     assert list(figures) == [{"ppo": "backbone", "dpo": "backbone-dpo"}[kind]]
     for name, result in figures.items():
@@ -209,5 +209,5 @@ def test_the_benchmark_measures_both_sides(kind, tiny, tmp_path, capsys):
         assert (result["floor_ratio"] is None) == (name == "backbone-dpo")
     assert capsys.readouterr().out.count("ours : stock") == 1
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--json", str(file)])
+        compare.main(["--json", str(file)])
     assert stop.value.code == 2

@@ -17,19 +17,19 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 
-from rlhf_recipes import keys
-from rlhf_recipes import recipe as recipe_module
 from rlhf_recipes.command_line import help_text
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.report import render_html, render_markdown
-from rlhf_recipes.report_data import load_report_data
-from rlhf_recipes.schema import CONFIG_SOURCES, stage_fields
-from rlhf_recipes.tables import markdown_samples, print_samples
+from rlhf_recipes.evaluation.tables import markdown_samples, print_samples
+from rlhf_recipes.recipe import keys, yaml_text
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.report.data import load_report_data
+from rlhf_recipes.report.page import render_html, render_markdown
 from tests import test_report
 from tests.test_scripts import run
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [*ROOT.glob("rlhf_recipes/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("recipes/**/*.py")]
+SOURCES = [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("recipes/**/*.py")]
 
 
 @pytest.fixture
@@ -141,12 +141,12 @@ def test_the_search_finds_what_it_looks_for(source):
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_nothing_in_the_source_executes_what_it_reads(file):
-    documented = ["eval"] if file.name == "schema.py" else []  # annotations of the installed packages
+    documented = ["eval"] if file.name == "trl_fields.py" else []  # annotations of the installed packages
     assert unsafe_calls(file.read_text()) == documented
 
 
 def test_yaml_is_read_by_a_safe_loader():
-    assert issubclass(recipe_module._Loader, yaml.SafeLoader)
+    assert issubclass(yaml_text._Loader, yaml.SafeLoader)
 
 
 # --- pickles -----------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_new_architecture_is_refused_until_it_is_trusted(recipe, tmp_path, mar
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_custom_generation_runs_only_where_it_is_trusted(trusted, recipe, marker):
-    from rlhf_recipes.roles import load_backbone
+    from rlhf_recipes.models.backbone import load_backbone
 
     folder = recipe / "checkpoints/backbone/custom_generate"
     folder.mkdir()
@@ -561,7 +561,7 @@ def as_shown(text: str) -> str:
 
 def test_model_output_is_text_in_a_model_card():
     """As a Markdown renderer that lets HTML through sees it."""
-    from rlhf_recipes.runs import Run, _model_card
+    from rlhf_recipes.runs.folder import Run, _model_card
 
     assert {"script", "img", "code", "b", "s", "strong", "h1"} <= Rendered(f"x {EVIL}").tags  # the renderer obeys
     row = {"prompt": EVIL, "reference": EVIL, "policy": EVIL, "reference_reward": 1.0, "policy_reward": 2.0, "policy_gold": 3.0}

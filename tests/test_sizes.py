@@ -5,10 +5,11 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rlhf_recipes import preflight
-from rlhf_recipes.recipe import DEFAULT_RECIPE, RecipeError, load_recipe
-from rlhf_recipes.roles import load_with_new_adapter
-from rlhf_recipes.sizes import Sizes, sizes_of
+from rlhf_recipes.checks import files, machine, memory
+from rlhf_recipes.models.adapters import load_with_new_adapter
+from rlhf_recipes.models.sizes import Sizes, sizes_of
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
 
 FAMILIES = (
     "gpt2", "gpt_neo", "gptj", "codegen", "gpt_neox", "gpt_bigcode", "opt", "xglm", "bloom", "mpt", "falcon", "phi", "phi3",
@@ -49,10 +50,10 @@ def test_what_a_config_does_not_say_has_a_default():
     ],
 )
 def test_lengths_beyond_what_a_model_reads_are_refused_before_the_run(config, tiny, monkeypatch):
-    monkeypatch.setattr(preflight, "_local_json", lambda recipe, name: config if name == "config.json" else {})
+    monkeypatch.setattr(files, "local_json", lambda recipe, name: config if name == "config.json" else {})
     with pytest.raises(RecipeError, match="exceed the 64 tokens that"):
-        preflight.check(load_recipe(tiny, {"data.max_prompt_tokens": 60}), "ppo")
-    preflight.check(load_recipe(tiny, {"data.max_prompt_tokens": 58}), "ppo")
+        machine.check(load_recipe(tiny, {"data.max_prompt_tokens": 60}), "ppo")
+    machine.check(load_recipe(tiny, {"data.max_prompt_tokens": 58}), "ppo")
 
 
 def kept_by_autograd(model, **inputs):
@@ -77,7 +78,7 @@ def test_the_activations_are_what_autograd_keeps(attention):
     model = load_with_new_adapter(recipe, "SEQ_CLS").train()
     model.config.pad_token_id = 0
     ids = torch.randint(3, 6000, (8, 96))
-    estimate = preflight.memory_estimate(recipe, "reward", longest=96)
+    estimate = memory.memory_estimate(recipe, "reward", longest=96)
     assert estimate["activations"] == pytest.approx(kept_by_autograd(model, input_ids=ids), rel=0.15)
     weights = sum(p.numel() for name, p in model.named_parameters() if "lora" not in name and "score" not in name)
     assert estimate["backbone, once for all roles"] == pytest.approx(4 * weights, rel=0.01)
@@ -92,16 +93,16 @@ PEAKS = {"sft": 1282, "reward": 3880, "ppo": 1079, "dpo": 1343, "evaluate": 845}
 
 @pytest.mark.parametrize("stage", PEAKS)
 def test_the_estimates_of_imdb_are_near_what_was_measured(stage):
-    estimate = preflight.memory_estimate(load_recipe(DEFAULT_RECIPE), stage, longest=284, cpu=True)
+    estimate = memory.memory_estimate(load_recipe(DEFAULT_RECIPE), stage, longest=284, cpu=True)
     assert sum(estimate.values()) / 2**20 == pytest.approx(PEAKS[stage], rel=0.25)
 
 
 def test_the_datas_lengths_count_and_not_the_longest_allowed():
     recipe = load_recipe(DEFAULT_RECIPE)
     unknown, long, short = (
-        preflight.memory_estimate(recipe, "reward", longest=longest, cpu=True)["activations"] for longest in (None, 2000, 60)
+        memory.memory_estimate(recipe, "reward", longest=longest, cpu=True)["activations"] for longest in (None, 2000, 60)
     )
     assert unknown == long  # both at max_length
     assert short < unknown / 17
-    assert preflight.warnings(recipe, "reward") == []  # nothing is known yet; the stage warns when it has the rows
+    assert machine.warnings(recipe, "reward") == []  # nothing is known yet; the stage warns when it has the rows
     assert AutoConfig.for_model("llama").num_hidden_layers == sizes_of(AutoConfig.for_model("llama").to_dict()).layers

@@ -24,26 +24,27 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from rlhf_recipes import interrupts, sweep_results
-from rlhf_recipes import sweep as sweep_module
+from rlhf_recipes import interrupts
 from rlhf_recipes.command_line import parse_command_line
-from rlhf_recipes.recipe import RecipeError, load_recipe
-from rlhf_recipes.sweep import Worker, last_words, run_sweep, sampler_of, terminate, watched_values
-from rlhf_recipes.sweep_file import Pruning, load_sweep
-from rlhf_recipes.sweep_results import interval
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.sweeps.file import Pruning, load_sweep
+from rlhf_recipes.sweeps.job import last_words, terminate, watched_values
+from rlhf_recipes.sweeps.results import _save_frontier, interval
+from rlhf_recipes.sweeps.worker import Worker, run_sweep, sampler_of
 from scripts.sweep import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("recipes/*/sweep.yaml"), *ROOT.glob("recipes/*/sweeps/*.yaml")])
-SAVE_FRONTIER = sweep_results._save_frontier
 SCHEMA = json.loads((ROOT / "tests" / "wandb_sweep_schema.json").read_text())
 
 
 @pytest.fixture(autouse=True)
 def in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sweep_module, "POLL", 0.01)
-    monkeypatch.setattr(sweep_results, "_save_frontier", lambda sweep, results, file: file.touch())
+    monkeypatch.setattr("rlhf_recipes.sweeps.job.POLL", 0.01)
+    monkeypatch.setattr("rlhf_recipes.sweeps.worker.POLL", 0.01)
+    monkeypatch.setattr("rlhf_recipes.sweeps.results._save_frontier", lambda sweep, results, file: file.touch())
 
 
 def wandb_violations(sweep):
@@ -288,7 +289,7 @@ BAD = {
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(changes, message, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep_module, "run_process", None)
+    monkeypatch.setattr("rlhf_recipes.sweeps.worker.run_process", None)
     file = tmp_path / "sweep.yaml"
     if changes is not None:
         content = content_of(tiny, **changes) if isinstance(changes, dict) else changes
@@ -375,7 +376,7 @@ def essence(results):
 
 
 def test_a_grid_covers_each_point_once_and_ends_with_table_files_and_a_command(write, monkeypatch, capsys):
-    monkeypatch.setattr(sweep_results, "_save_frontier", SAVE_FRONTIER)
+    monkeypatch.setattr("rlhf_recipes.sweeps.results._save_frontier", _save_frontier)
     runner = Script()
     sweep = write(parameters={"objective.beta": {"values": [0.1, 0.2, 0.4]}, "lora.r": {"values": [2, 4]}})
     results = run_sweep(sweep, runner)
@@ -417,7 +418,7 @@ def test_each_job_is_of_one_wandb_group_offline_and_named(write, monkeypatch):
 def test_wandb_gets_the_group(tiny, tmp_path, monkeypatch):
     import wandb
 
-    from rlhf_recipes.tracking import Tracker
+    from rlhf_recipes.runs.trackers import Tracker
 
     groups = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -584,7 +585,7 @@ def test_failed_trials_are_counted_with_their_reason(write, capsys):
 
 
 def test_a_sweep_in_which_nothing_finished_exits_with_1(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rlhf_recipes.sweep.run_sweep", lambda sweep: {"best": None})
+    monkeypatch.setattr("rlhf_recipes.sweeps.worker.run_sweep", lambda sweep: {"best": None})
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(content_of(tiny)))
     with pytest.raises(SystemExit) as stop:
@@ -709,7 +710,7 @@ def test_a_signal_stops_the_trial_and_leaves_a_sweep_that_goes_on(number, tiny, 
             return 75
 
     sweep = write()
-    monkeypatch.setattr("rlhf_recipes.sweep.run_sweep", lambda loaded: run_sweep(loaded, Script(interrupt)))
+    monkeypatch.setattr("rlhf_recipes.sweeps.worker.run_sweep", lambda loaded: run_sweep(loaded, Script(interrupt)))
     with pytest.raises(SystemExit) as stop:
         main([str(sweep.file), "--output", sweep.output])
     assert stop.value.code == 75

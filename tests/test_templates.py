@@ -12,8 +12,8 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf_recipes.data import decode_completions, encode_pair, encode_prompt
-from rlhf_recipes.recipe import RecipeError
+from rlhf_recipes.data.tokens import decode_completions, encode_pair, encode_prompt
+from rlhf_recipes.recipe.errors import RecipeError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training"))

@@ -9,22 +9,14 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_recipes.data import (
-    decode_completions,
-    encode_completion,
-    encode_pair,
-    encode_prompt,
-    end_token_ids,
-    load_tokenizer,
-    tokenize_demonstrations,
-    tokenize_pairs,
-    tokenize_prompts,
-    train_readable_tokenizer,
-)
-from rlhf_recipes.evaluation import sample_texts
-from rlhf_recipes.preferences import tokenize_preferences
-from rlhf_recipes.preflight import check
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.algorithms.pairs import tokenize_preferences
+from rlhf_recipes.checks.machine import check
+from rlhf_recipes.data.datasets import tokenize_demonstrations, tokenize_pairs, tokenize_prompts
+from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer, train_readable_tokenizer
+from rlhf_recipes.data.tokens import decode_completions, encode_completion, encode_pair, encode_prompt
+from rlhf_recipes.evaluation.judging import sample_texts
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 
 SPACE = "\u2581"
 

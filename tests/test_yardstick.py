@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_recipes.evaluation import Completions, distinct_n
-from rlhf_recipes.recipe import DEFAULT_RECIPE, load_recipe
-from rlhf_recipes.resume import newest_run
-from rlhf_recipes.runs import Run
-from rlhf_recipes.tables import fraction_bound, print_evaluation
-from rlhf_recipes.yardstick import Judged, estimate_optimum, evaluation_of, frontiers, measure, measure_best_of_n
+from rlhf_recipes.evaluation.judging import Completions, distinct_n
+from rlhf_recipes.evaluation.tables import fraction_bound, print_evaluation
+from rlhf_recipes.evaluation.yardstick import Judged, estimate_optimum, evaluation_of, frontiers, measure, measure_best_of_n
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.runs.folder import Run
+from rlhf_recipes.runs.resume import newest_run
 from tests.test_scripts import lines, run
 
 METRICS = {

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from rlhf_recipes.data import load_tokenizer, tokenize_pairs
-from rlhf_recipes.evaluation import pairwise_accuracy
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.roles import load_backbone, load_rewards
+from rlhf_recipes.data.datasets import tokenize_pairs
+from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.models.backbone import load_backbone
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.rewards.adapter import pairwise_accuracy
+from rlhf_recipes.rewards.total import load_rewards
 from rlhf_recipes.tasks import load_dataset, load_task
 
 

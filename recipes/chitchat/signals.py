@@ -12,7 +12,7 @@ from pathlib import Path
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
 task = load_task(load_recipe(Path(__file__).parent))

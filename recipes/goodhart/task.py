@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
 _imdb = load_task(load_recipe(Path(__file__).resolve().parent.parent / "imdb"))

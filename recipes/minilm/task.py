@@ -4,7 +4,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from rlhf_recipes.recipe import RecipeError, load_recipe
+from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
 FOLDER = Path(__file__).resolve().parent

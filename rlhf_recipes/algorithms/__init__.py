@@ -1,0 +1,1 @@
+"""PPO, A2C, DPO, and what they train on."""

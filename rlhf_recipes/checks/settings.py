@@ -1,0 +1,200 @@
+"""Checks of values that no type rules out."""
+
+from typing import Any
+
+from rlhf_recipes.data.pair_files import pairs_file
+from rlhf_recipes.recipe.errors import RecipeError, nearest
+from rlhf_recipes.recipe.sections import Recipe
+
+# TRL finds out about others at the first step only
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SMOOTHED = frozenset(
+    ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+)  # read `label_smoothing`; sigmoid: algorithms/dpo.py
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
+SFT_LOSSES = ("nll", "dft", "chunked_nll")
+# What TRL and torch find out when the run has begun, or never.
+_COUNTS = {
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_mini_batches",
+    "num_ppo_epochs", "total_episodes", "local_rollout_forward_batch_size", "rounds", "kl_horizon", "reference_sync_steps",
+    "save_total_limit",
+    "max_length", "dataset_num_proc", "pad_to_multiple_of",
+}  # fmt: skip
+_NOT_NEGATIVE = {
+    "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "vf_coef", "cliprange",
+    "cliprange_value", "dataloader_num_workers", "neftune_noise_alpha", "logging_steps", "eval_steps", "save_steps",
+}  # fmt: skip
+_SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "label_smoothing_factor"}
+
+
+def check_numbers(name: str, section: dict[str, Any]) -> None:
+    """Numbers that no value of TRL's types rules out."""
+    for keys, fits, expected in (
+        (_COUNTS, lambda n: n >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda n: n >= 0, "at least 0"),
+        (_SHARES, lambda n: 0 <= n <= 1, "a number between 0 and 1"),
+        ({"num_train_epochs", "discopop_tau"}, lambda n: n > 0, "more than 0"),
+    ):
+        for key in sorted(keys & section.keys()):
+            if section[key] is not None and not fits(section[key]):
+                raise RecipeError(f"`{name}.{key}`: expected {expected}, got {section[key]}")
+
+
+def check_dpo(recipe: Recipe) -> None:
+    if recipe.objective.beta == 0:
+        raise RecipeError(
+            "`objective.beta` 0: DPO cannot do without the leash: its loss is a function of beta * log(pi / pi_ref), which "
+            "is then zero for every policy. scripts/ppo.py and scripts/a2c.py can"
+        )
+    if recipe.sampling.temperature != 1:
+        raise RecipeError(
+            f"`sampling.temperature` {recipe.sampling.temperature}: DPO's loss reads log pi at temperature 1, so its pairs "
+            f"must be sampled there"
+        )
+    dpo = recipe.stages["dpo"]
+    for loss in dpo.get("loss_type", []):
+        if loss not in DPO_LOSSES:
+            raise RecipeError(f"`dpo.loss_type`: {loss!r} is none of TRL's losses{nearest(loss, DPO_LOSSES)}")
+    pairs = recipe.preferences
+    to_be_made = pairs.source == "sampled" and pairs.path is None
+    if to_be_made and pairs.label == "expected" and dpo.get("loss_type", ["sigmoid"]) != ["sigmoid"]:
+        raise RecipeError("`preferences.label` expected is a smoothing of the labels that only `dpo.loss_type` [sigmoid] has")
+    _check_label_smoothing(dpo.get("label_smoothing", 0), dpo.get("loss_type", ["sigmoid"]))
+    divergence = dpo.get("f_divergence_type", "reverse_kl")
+    if divergence not in F_DIVERGENCES:
+        raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
+    if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
+        raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
+    if recipe.preferences.path is not None:
+        pairs_file(recipe)
+
+
+def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
+    """What it means is the losses' to say."""
+    if "exo_pair" in losses and not smoothing:
+        raise RecipeError("`dpo.loss_type` exo_pair needs a `dpo.label_smoothing` above 0; its paper recommends 1e-3")
+    if not smoothing:
+        return
+    if smoothing >= 0.5:
+        raise RecipeError(f"`dpo.label_smoothing` {smoothing}: a label that is wrong half of the time says nothing; below 0.5")
+    if not SMOOTHED.intersection(losses):
+        raise RecipeError(
+            f"`dpo.label_smoothing` has no effect on {', '.join(losses)}: only {', '.join(sorted(SMOOTHED))} read it; "
+            f"leave it out"
+        )
+    others = sorted(SMOOTHED.intersection(losses) - {"sigmoid"})
+    if "sigmoid" in losses and others:
+        raise RecipeError(
+            f"`dpo.label_smoothing` is another thing to sigmoid (labels that are wrong with this probability) than to "
+            f"{', '.join(others)}; leave one of them out of `dpo.loss_type`"
+        )
+
+
+def check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
+    per_device = section.get("per_device_train_batch_size", 8)
+    local = per_device * section.get("gradient_accumulation_steps", 1)
+    minibatches = section.get("num_mini_batches", 1)
+    if local % minibatches:
+        raise RecipeError(
+            f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
+            f"(per_device_train_batch_size x gradient_accumulation_steps)"
+        )
+    _check_held_out(recipe, stage, section)
+    if section.get("reward_baseline") and not any(term.adapter for term in recipe.reward.all_terms()):
+        raise RecipeError(
+            f"`{stage}.reward_baseline` reads unfinished text, which a reward adapter can; `reward` has none: give "
+            f"--{stage}.reward_baseline=false"
+        )
+    if section.get("save_strategy") not in (None, "no", "steps"):
+        raise RecipeError(
+            f"`{stage}.save_strategy` {section['save_strategy']}: PPO counts updates, not epochs; use steps or no. The best is "
+            f"kept by `{stage}.metric_for_best_model`"
+        )
+    if section.get("save_steps", 1) < 1 or section.get("save_steps", 1) % 1:
+        raise RecipeError(f"`{stage}.save_steps`: expected a whole number of updates, got {section['save_steps']}")
+    if section.get("loop") == "trl":
+        _check_trl_loop(recipe, stage, section)
+    check_leash(recipe, stage, section, local)
+    if section.get("whiten_rewards"):
+        if local // minibatches < 8:
+            raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
+        for key in ("full_kl", "kl_loss", "reward_baseline"):
+            if section.get(key):
+                raise RecipeError(
+                    f"`{stage}.{key}` is in units of the reward, which `{stage}.whiten_rewards` changes; drop one"
+                )
+
+
+def check_leash(recipe: Recipe, stage: str, section: dict[str, Any], episodes: int) -> None:
+    """How the KL is charged, and to whom."""
+    beta, target = recipe.objective.beta, section.get("kl_target")
+    if section.get("full_kl") and section.get("kl_loss"):
+        raise RecipeError(f"`{stage}.full_kl` and `{stage}.kl_loss` are two ways to put the KL into the loss; give one of them")
+    for key in ("kl_target", "target_kl"):
+        if section.get(key) is not None and section[key] <= 0:
+            raise RecipeError(f"`{stage}.{key}`: expected more than 0 nats, got {section[key]}")
+    if target is not None and beta == 0:
+        raise RecipeError(f"`{stage}.kl_target` multiplies `objective.beta`, which is 0; start from a small one such as 0.01")
+    if target is not None and section.get("kl_horizon", 10000) < episodes:
+        raise RecipeError(
+            f"`{stage}.kl_horizon` {section.get('kl_horizon', 10000)}: beta would jump; expected at least the {episodes} "
+            f"episodes of one update"
+        )
+    if section.get("reference") == "none" and (beta != 0 or section.get("full_kl") or section.get("kl_loss")):
+        raise RecipeError(
+            f"`{stage}.reference` none: without a reference there is no KL to charge; say so with --objective.beta=0 and "
+            f"without full_kl and kl_loss, or keep the reference"
+        )
+
+
+def _check_held_out(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
+    """Evaluation during training, and what is kept by it."""
+    if section.get("eval_strategy") not in (None, "no", "steps"):
+        raise RecipeError(
+            f"`{stage}.eval_strategy` {section['eval_strategy']}: PPO counts updates, not epochs; use steps or no"
+        )
+    evaluates = section.get("eval_strategy") == "steps"
+    action = recipe.watch.on_over_optimisation
+    if action != "warn" and not evaluates:
+        raise RecipeError(f"`watch.on_over_optimisation` {action} needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
+    if action == "rollback" and section.get("metric_for_best_model", "gold") != "gold":
+        raise RecipeError(
+            f"`watch.on_over_optimisation` rollback ends with the best policy by gold, and `{stage}.metric_for_best_model` "
+            f"says {section['metric_for_best_model']}; leave that out"
+        )
+    if evaluates and (section.get("eval_steps") is None or section["eval_steps"] < 1 or section["eval_steps"] % 1):
+        raise RecipeError(f"`{stage}.eval_steps`: expected a whole number of updates, got {section.get('eval_steps')}")
+    best = section.get("metric_for_best_model")
+    if best is not None and best not in BEST_BY:
+        raise RecipeError(f"`{stage}.metric_for_best_model`: {best!r} is none of {', '.join(BEST_BY)}{nearest(best, BEST_BY)}")
+    for key in ("metric_for_best_model", "load_best_model_at_end"):
+        if section.get(key) and not evaluates:
+            raise RecipeError(f"`{stage}.{key}` needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
+    if section.get("load_best_model_at_end") and best is None:
+        raise RecipeError(f"`{stage}.load_best_model_at_end` needs `{stage}.metric_for_best_model`, such as objective")
+
+
+def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
+    """TRL's own loop would accept and ignore what it does not know."""
+    reward, (term, *others) = recipe.reward, recipe.reward.all_terms()
+    if recipe.run.resume is not None:
+        raise RecipeError(f"--resume: TRL's own loop (`{stage}.loop` trl) writes no checkpoints")
+    if others or not term.adapter or term.weight != 1 or reward.normalize or reward.clip or reward.length_penalty:
+        raise RecipeError(
+            f"`{stage}.loop` trl: TRL's own loop knows one reward model and `reward.missing_eos_penalty` alone; give one "
+            f"`reward.adapter`, without weight, normalize, clip and length_penalty"
+        )
+    off = {
+        "full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no",
+        "eval_on_start": False, "kl_loss": False, "kl_target": None, "target_kl": None, "reference": "frozen",
+    }  # fmt: skip
+    unknown = [key for key, value in off.items() if section.get(key, value) != value]
+    if unknown:
+        switches = " ".join(f"--{stage}.{key}={str(off[key]).lower()}" for key in unknown)
+        raise RecipeError(f"`{stage}.loop` trl: TRL's own loop does not know {', '.join(unknown)}; switch off: {switches}")
+    if section.get("value") == "trunk":
+        raise RecipeError(f"`{stage}.loop` trl runs the value function as a model of its own: `{stage}.value` must be adapter")

@@ -1,0 +1,1 @@
+"""How good a policy is: judged, compared with the optimum, watched."""

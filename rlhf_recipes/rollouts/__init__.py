@@ -1,0 +1,1 @@
+"""Completions: sampling them, and one forward pass over them."""

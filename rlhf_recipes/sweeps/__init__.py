@@ -1,0 +1,1 @@
+"""Sweeps: file, search space, worker, results."""
