@@ -1,4 +1,4 @@
-"""The house as CONTRIBUTING draws it: a module imports from its own floor's room or from floors below, and nothing in a circle."""
+"""The house as CONTRIBUTING draws it: a module imports from its own room or from floors below, and never in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
