@@ -83,7 +83,7 @@ def read_back_reward(folder: Path, model: Any, pairs: Dataset) -> None:
     batch = pad_left(pairs.select(range(min(PROMPTS, len(pairs))))["chosen_ids"][:], 0)
     trained = AdapterReward(model)(*(tensor.to(model.device) for tensor in batch))
     with safetensors_only():
-        model.with_saved_adapter(str(folder), "saved")
+        model.load_adapter(str(folder), "saved")
     model.set_adapter("saved")
     saved = AdapterReward(model.eval())(*(tensor.to(model.device) for tensor in batch))
     model.set_adapter("default")
