@@ -38,12 +38,13 @@ def tolerate_output() -> None:
 
 
 def waiting() -> dict[str, str]:
-    """How threads wait for each other, unless the environment says so: asleep.
+    """How threads wait for each other, unless the environment says so: they spin for microseconds, and then sleep.
 
     libgomp's own spin for milliseconds, on a core that the thread they wait for may need: beside one other busy process on two
-    cores the default job falls to a tenth (benchmarks/busy.py). It reads the variable once, as it is loaded.
+    cores the default job falls to a tenth. Threads that sleep at once cost a quarter of the speed on free cores
+    (benchmarks/busy.py). It reads the variable once, as it is loaded.
     """
-    return {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else {"OMP_WAIT_POLICY": "passive"}
+    return {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else {"GOMP_SPINCOUNT": "1000"}
 
 
 class _Output(io.TextIOWrapper):
