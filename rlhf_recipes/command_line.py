@@ -15,11 +15,11 @@ from typing import Any, TextIO
 
 from rlhf_recipes import environment, interrupts
 from rlhf_recipes.recipe.errors import RecipeError, StoppedError, nearest
-from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, instead_of, keys_of_sections, load_recipe, section_of
+from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, instead_of, load_recipe
 from rlhf_recipes.recipe.sections import SECTIONS, Recipe
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.recipe.yaml_text import read_yaml
-from rlhf_recipes.runs.resume import RESUMABLE, resumed_recipe
+from rlhf_recipes.runs.resume import resumed_recipe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def parse_command_line(argv: list[str], stage: str | None = None) -> CommandLine
         key, equals, value = word[2:].partition("=")
         if key not in ("recipe", "resume") and "." not in key:
             near = nearest(key, ["recipe", "resume", "dry-run", "help"])
-            advice = instead_of(key, (), stage=stage and section_of(stage))
+            advice = instead_of(key, (), stage=stage and STAGES[stage].section)
             raise RecipeError(f"--{key}: unknown option{advice or near or '; an override is --section.key=value'}")
         if not equals:
             if words and not words[0].startswith("--"):
@@ -83,11 +83,10 @@ def help_text(stage: str, doc: str) -> str:
         for f in dataclasses.fields(cls):
             default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
             lines.append(f"  --{name + '.' + f.name:<28} {f.metadata['doc']} ({default})")
-    section = section_of(stage)
-    if section in CONFIG_SOURCES:
-        lines += ["", f"keys of `{section}`, TRL's own names (default):"]
-        fields = stage_fields(section)
-        lines += [f"  --{section}.{key} ({fields[key].default})" for key in keys_of_sections()[section]]
+    row = STAGES[stage]
+    if row.trains:
+        lines += ["", f"keys of `{row.section}`, TRL's own names (default):"]
+        lines += [f"  --{row.section}.{key} ({row.fields[key].default})" for key in row.keys]
     return "\n".join(lines)
 
 
@@ -153,9 +152,8 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     StoppedError.exit_code,
                 )
             except interrupts.Interrupted as interruption:
-                environment.fail(
-                    f"{stage}: {interruption}{'; --resume goes on' if stage in RESUMABLE else ''}", interrupts.EXIT_CODE
-                )
+                advice = "; --resume goes on" if STAGES[stage].resumable else ""
+                environment.fail(f"{stage}: {interruption}{advice}", interrupts.EXIT_CODE)
 
         return main
 

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from rlhf_recipes.algorithms import dpo as dpo_trainer
-from rlhf_recipes.recipe.loading import section_of
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.runs import sharding as engines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,7 +62,7 @@ def main(recipe, folder):
         for stage in ("sft", "reward", "dpo"):
             arguments = ["--recipe", recipe, "--run.output", folder, "--run.name", "run", "--sft.from_scratch=false"]
             if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-                section = section_of(stage)
+                section = STAGES[stage].section
                 arguments += [f"--{section}.use_cpu=false", f"--{section}.ddp_backend=gloo"]
             importlib.import_module(f"scripts.{stage}").main(arguments)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":

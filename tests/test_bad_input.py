@@ -14,7 +14,8 @@ from conftest import TASK, write_foreign_reward
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import SECTIONS, STAGES
+from rlhf_recipes.recipe.sections import SECTIONS
+from rlhf_recipes.recipe.stages import TRAINED
 
 
 @pytest.fixture
@@ -623,7 +624,7 @@ def test_one_line_exit_code_2_and_nothing_written(stage, broken, says, place, tm
 
 
 def test_a_misspelt_key_of_every_section_is_tried():
-    assert MISSPELT.keys() == {*SECTIONS, *STAGES}
+    assert MISSPELT.keys() == {*SECTIONS, *TRAINED}
 
 
 def test_number_that_yaml_reads_as_text(place):

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from rlhf_recipes.evaluation import diagnosis
 from rlhf_recipes.evaluation.diagnosis import CHECKS, diagnose
 from rlhf_recipes.evaluation.watch import Watch
-from rlhf_recipes.recipe.keys import OWNER_OF, refused_keys
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import SECTIONS
-from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.recipe.stages import TRAINED
 from rlhf_recipes.runs.folder import Finding
 from tests.test_scripts import lines, run
 
@@ -272,7 +271,7 @@ def test_advice_names_keys_that_the_recipe_takes(stage):
         [finding] = found(stage, **changes)
         for section, key in re.findall(r"`(\w+)\.(\w+)", finding.advice):
             known = {field.name for field in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else ()
-            assert key in (known or stage_fields(section).keys() - OWNER_OF.keys() - refused_keys(section).keys()), finding
+            assert key in (known or TRAINED[section].keys), finding
 
 
 # --- what a run does about it ----------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from rlhf_recipes.recipe import keys
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.loading import keys_of_sections, load_recipe, section_of
+from rlhf_recipes.recipe.loading import keys_of_sections, load_recipe
 from rlhf_recipes.recipe.names import ABSENT, MEANT, meant
-from rlhf_recipes.recipe.sections import SECTIONS, STAGES
-from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.recipe.sections import SECTIONS
+from rlhf_recipes.recipe.stages import TRAINED
 from tests.test_scripts import run
 
 # --- how a key is observed ---------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def observe(section, values, place, recipe, key):
     said = json.dumps([section, key.trained, values, str(recipe)], sort_keys=True)
     if said in KNOWN:
         return key.look(KNOWN[said])
-    stage, name, passes = stage_of(section), f"run-{len(list(place.iterdir()))}", []
+    stage, name, passes = TRAINED[section].name, f"run-{len(list(place.iterdir()))}", []
     train, forward = Resumable.train, LlamaMLP.forward
 
     def stopping(trainer, *args, **kwargs):
@@ -372,15 +372,11 @@ def observe(section, values, place, recipe, key):
     return key.look(seen)
 
 
-def stage_of(section):
-    return next(stage for stage in ("sft", "reward", "ppo", "a2c", "dpo") if section_of(stage) == section)
-
-
 def check_refused(stage, dotted, key, tiny, place, capsys):
     words = [f"--{dotted}={json.dumps(key.value)}", "--run.output", str(place / "none")]
     words += {"dpo": ["--preferences.source=task"], "sft": ["--sft.from_scratch=false"]}.get(stage, [])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"scripts.{stage_of(stage)}").main(["--recipe", str(tiny), *words])
+        importlib.import_module(f"scripts.{TRAINED[stage].name}").main(["--recipe", str(tiny), *words])
     assert stop.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert key.words in line
@@ -401,7 +397,7 @@ def check(stage, name, tiny, place, capsys):
     return None
 
 
-EVERY = [(stage, name) for stage in STAGES for name in keys_of_sections()[stage]]
+EVERY = [(stage, name) for stage in TRAINED for name in keys_of_sections()[stage]]
 OF_ITS_OWN = [
     (stage, name)
     for stage, name in EVERY
@@ -409,7 +405,7 @@ OF_ITS_OWN = [
 ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAINED)
 def test_it_is_known_of_every_key_that_is_accepted_what_it_does(stage):
     unknown = keys_of_sections()[stage] - KEYS[stage].keys()
     assert not unknown, (
@@ -600,9 +596,9 @@ def test_every_shared_key_has_its_effect(dotted, judged, place, tmp_path, capsys
 ANY = {"bool": "true", "int": "1", "float": "0.5"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAINED)
 def test_every_other_key_is_refused_with_the_reason(stage):
-    for name, known in stage_fields(stage).items():
+    for name, known in TRAINED[stage].fields.items():
         if name in keys_of_sections()[stage]:
             continue
         value = ANY.get(getattr(known.type, "__name__", ""), "x")
@@ -612,7 +608,7 @@ def test_every_other_key_is_refused_with_the_reason(stage):
         if name in keys.OWNER_OF:
             assert f"belongs to `{keys.OWNER_OF[name]}`" in str(refusal.value)
         else:
-            assert keys.refused_keys(stage)[name] in str(refusal.value)
+            assert TRAINED[stage].refused_keys[name] in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -653,7 +649,7 @@ def test_every_name_leads_to_a_key_that_is_there():
     for name, targets in MEANT.items():
         for target in targets:
             section, _, key = target.partition(".")
-            sections = STAGES if section == "*" else [section]
+            sections = TRAINED if section == "*" else [section]
             assert any(key in keys_of_sections()[s] for s in sections), (name, target)
         assert name not in ABSENT
     for reason in ABSENT.values():

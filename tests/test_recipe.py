@@ -20,7 +20,7 @@ from rlhf_recipes.recipe import keys
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
 from rlhf_recipes.recipe.sections import SECTIONS
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.stages import TRAINED
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.parent for p in ROOT.glob("recipes/*/recipe.yaml"))
@@ -121,10 +121,10 @@ def test_fields_read_from_source_are_the_real_ones():
     from rlhf_recipes.algorithms.trl_config import DPOConfig, SFTConfig
 
     real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOConfig, "a2c": PPOConfig, "dpo": DPOConfig}
-    assert set(real) == set(CONFIG_SOURCES)
+    assert set(real) == set(TRAINED)
     for stage, config in real.items():
         names = {f.name for f in dataclasses.fields(config) if f.init}
-        assert names == set(stage_fields(stage)), stage
+        assert names == set(TRAINED[stage].fields), stage
 
 
 def test_every_own_key_is_read_somewhere():
@@ -136,8 +136,8 @@ def test_every_own_key_is_read_somewhere():
         for field in dataclasses.fields(section) if name != "lora" else ():  # PEFT's own; test_lora_fields.py tries each
             assert field.name in read, f"{name}.{field.name}"
     stage_text = "".join(file.read_text() for file in [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py")])
-    for stage, sources in CONFIG_SOURCES.items():
-        own = [s for s in sources if s[0] == "rlhf_recipes"]
+    for stage, row in TRAINED.items():
+        own = [s for s in row.config if s[0] == "rlhf_recipes"]
         for _, file, class_name in own:
             for node in ast.parse((ROOT / "rlhf_recipes" / file).read_text()).body:
                 if isinstance(node, ast.ClassDef) and node.name == class_name:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
-from rlhf_recipes.recipe.sections import SECTIONS, STAGES, Recipe
-from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.recipe.sections import SECTIONS, Recipe
+from rlhf_recipes.recipe.stages import TRAINED
 
 GOOD = {"model": {"path": "x"}, "reward": {"adapter": "y"}}
 IMDB = yaml.safe_load((DEFAULT_RECIPE / "recipe.yaml").read_text(encoding="utf-8"))
 SHARED_KEYS = [(section, f.name) for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-STAGE_KEYS = [(stage, key) for stage in STAGES for key in stage_fields(stage)]
+STAGE_KEYS = [(stage, key) for stage, row in TRAINED.items() for key in row.fields]
 
 scalars = (
     st.none()
@@ -92,7 +92,7 @@ def test_any_text_of_what_yaml_is_made_of(file, content):
 
 
 @examples(150)
-@given(content=st.dictionaries(st.sampled_from([*SECTIONS, *STAGES]) | scalars, anything, max_size=4))
+@given(content=st.dictionaries(st.sampled_from([*SECTIONS, *TRAINED]) | scalars, anything, max_size=4))
 def test_any_structure(file, content):
     resolved(GOOD | content, file)
 

@@ -22,7 +22,7 @@ from rlhf_recipes.evaluation.tables import markdown_samples, print_samples
 from rlhf_recipes.recipe import keys, yaml_text
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.stages import TRAINED
 from rlhf_recipes.report.data import load_report_data
 from rlhf_recipes.report.page import render_html, render_markdown
 from tests import test_report
@@ -517,8 +517,8 @@ def test_secrets_in_a_cycle_of_aliases(tmp_path):
 
 
 def test_what_looks_like_a_secret_among_trls_fields_is_one():
-    for stage in CONFIG_SOURCES:
-        assert set(filter(keys.SECRET.search, stage_fields(stage))) == {"hub_token"}  # and not eos_token, stop_token
+    for row in TRAINED.values():
+        assert set(filter(keys.SECRET.search, row.fields)) == {"hub_token"}  # and not eos_token, stop_token
     assert "hub_token" not in help_text("sft", "") + help_text("ppo", "")
 
 

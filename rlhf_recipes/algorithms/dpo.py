@@ -17,6 +17,7 @@ from rlhf_recipes.data.tokens import join_padded
 from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError, StoppedError
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.rollouts.forward import response_forward
 from rlhf_recipes.runs.sharding import whole_model
@@ -246,8 +247,4 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
 
 def dpo_fields(recipe: Recipe) -> dict[str, Any]:
     """The facts that DPO shares with other stages, under TRL's field names, and what its pairs need."""
-    return {
-        "beta": recipe.objective.beta,
-        "max_length": None,  # pairs keep to `data`'s lengths; TRL would cut them silently
-        "precompute_ref_log_probs": True,
-    }
+    return {"beta": recipe.objective.beta, **STAGES["dpo"].defaults}

@@ -48,6 +48,7 @@ from rlhf_recipes.objective import (
 from rlhf_recipes.process import stop_together
 from rlhf_recipes.recipe.errors import RecipeError, StoppedError
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.rewards.total import Rewards, Scores
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import ResponseOutput, predicting_inputs, response_forward
@@ -640,10 +641,9 @@ def episodes_per_update(recipe: Recipe, stage: str) -> int:
 
 
 def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The facts that PPO shares with other stages, under TRL's field names; and what makes it A2C."""
+    """The facts that PPO shares with other stages, under TRL's field names; and the stage's own defaults."""
     section, roll_back = recipe.stages[stage], recipe.watch.on_over_optimisation == "rollback"
     by_gold = {"metric_for_best_model": "gold"} if roll_back else {}
-    one_step = {"num_ppo_epochs": 1, "num_mini_batches": 1} if stage == "a2c" else {}
     return {
         "kl_coef": recipe.objective.beta,
         "response_length": recipe.data.max_completion_tokens,
@@ -653,5 +653,5 @@ def ppo_fields(recipe: Recipe, stage: str) -> dict[str, Any]:
         "num_sample_generations": 0,
         "eval_on_start": section.get("eval_strategy") == "steps",  # what the others are compared with
         **by_gold,
-        **one_step,
+        **STAGES[stage].defaults,
     }

@@ -16,8 +16,8 @@ from unittest import mock
 from rlhf_recipes.checks.files import backbone_vocabulary
 from rlhf_recipes.data.pair_files import pairs_file, read_pairs
 from rlhf_recipes.recipe.errors import RecipeError, nearest
-from rlhf_recipes.recipe.loading import section_of
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import STAGES, Stage
 from rlhf_recipes.runs.fingerprint import differences, fingerprint, names_in, recorded_fingerprint
 
 SECONDS = 1.8  # for all of it; recipes/imdb takes 1.6 on a free core
@@ -41,22 +41,22 @@ class _ElsewhereError(Exception):
     """Data that is not on this machine."""
 
 
-def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
+def look(recipe: Recipe, name: str, seconds: float = SECONDS) -> Seen:
     """Loads task.py and what the stage will ask it for, for at most `seconds`.
 
     Raises:
         RecipeError: what would stop the run: a function that is missing or cannot be called, a column, a row, pairs of another
             vocabulary.
     """
-    seen = Seen()
-    if stage == "report":
+    stage, seen = STAGES[name], Seen()
+    if not stage.data:
         return seen
     calls, at = _calls(recipe, stage), ""
     _named(recipe, stage, [function for function, _ in calls])
     looked: list[str] = []
     try:
         with _time_limit(seconds):
-            if stage == "dpo" and recipe.preferences.path is not None:
+            if stage.sampled_pairs and recipe.preferences.path is not None:
                 at = "`preferences.path`"
                 looked.append(_pairs(recipe, seen))
             at = "task.py"
@@ -65,8 +65,8 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
             with _offline():
                 task = _here(load_task, recipe)
                 functions = _reward_functions(recipe, stage)
-                watched = stage in ("ppo", "a2c", "dpo", "evaluate") and getattr(task, "gold_reward", None) is not None
-                functions += ["gold_reward"] if watched else []
+                if (stage.judged or stage.judges) and getattr(task, "gold_reward", None) is not None:
+                    functions.append("gold_reward")
                 _usable(task, functions, None)
                 for function, split in calls:
                     at = f"{function}({split!r})"
@@ -74,7 +74,7 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
                     looked.append(f"{at} {len(dataset)} rows")
                     if function == "load_prompts":
                         _usable(task, functions, [name for name in dataset.column_names if name not in ("prompt", "input_ids")])
-                    if stage in ("sft", "reward") and not recipe.stages[section_of(stage)].get("packing"):
+                    if stage.supervised and not recipe.stages[stage.section].get("packing"):
                         at = f"the lengths of {at}"
                         seen.longest = max(filter(None, (seen.longest, _longest_row(recipe, dataset))), default=None)
                 at = ""
@@ -89,21 +89,15 @@ def look(recipe: Recipe, stage: str, seconds: float = SECONDS) -> Seen:
     return seen
 
 
-def _calls(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
-    """What the stage will ask task.py for; held-out data first, which is as a rule smaller and made by the same function."""
-    if stage in ("sft", "reward"):
-        function = "load_demonstrations" if stage == "sft" else "load_preferences"
-        return [(function, "eval"), (function, "train")]
-    if stage in ("evaluate", "merge"):
-        return [("load_prompts", "eval")]
-    if stage == "preferences":
-        return [("load_prompts", "train")]
-    calls = [("load_prompts", "eval")]
-    samples = recipe.preferences.path is None and recipe.preferences.source == "sampled"
-    if stage != "dpo" or samples or recipe.stages["dpo"].get("rounds", 1) > 1 or recipe.reward.normalize:
-        calls.append(("load_prompts", "train"))
-    if stage == "dpo" and recipe.preferences.path is None and recipe.preferences.source == "task":
-        calls.append(("load_preferences", "train"))
+def _calls(recipe: Recipe, stage: Stage) -> list[tuple[str, str]]:
+    """What the stage will ask task.py for."""
+    calls, pairs = list(stage.data), recipe.preferences
+    if stage.sampled_pairs:
+        samples = pairs.path is None and pairs.source == "sampled"
+        if not (samples or recipe.stages[stage.section].get("rounds", 1) > 1 or recipe.reward.normalize):
+            calls.remove(("load_prompts", "train"))
+        if pairs.path is not None or pairs.source != "task":
+            calls.remove(("load_preferences", "train"))
     return calls
 
 
@@ -164,14 +158,14 @@ def _here(load: Callable[..., Any], *args: Any) -> Any:
 # --- functions ---------------------------------------------------------------------------------------------------
 
 
-def _reward_functions(recipe: Recipe, stage: str) -> list[str]:
+def _reward_functions(recipe: Recipe, stage: Stage) -> list[str]:
     """The names of task.py's functions that the stage calls on completions."""
-    if stage in ("sft", "reward", "merge"):
+    if not stage.samples:
         return []
     return [term.function_name for term in recipe.reward.all_terms() if term.function_name]
 
 
-def _named(recipe: Recipe, stage: str, functions: list[str]) -> None:
+def _named(recipe: Recipe, stage: Stage, functions: list[str]) -> None:
     """Looks for what the stage needs in task.py's source, which takes no time.
 
     Raises:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rlhf_recipes.data.pair_files import pairs_file
 from rlhf_recipes.recipe.errors import RecipeError, nearest
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import Stage
 
 # TRL finds out about others at the first step only
 DPO_LOSSES = (
@@ -29,6 +29,34 @@ _NOT_NEGATIVE = {
     "cliprange_value", "dataloader_num_workers", "neftune_noise_alpha", "logging_steps", "eval_steps", "save_steps",
 }  # fmt: skip
 _SHARES = {"gamma", "lam", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "label_smoothing_factor"}
+
+
+def check_settings(recipe: Recipe, stage: Stage, section: dict[str, Any]) -> None:
+    """
+    Args:
+        section: the stage's own.
+
+    Raises:
+        RecipeError: for the first value that would stop the stage later.
+    """
+    name = stage.section
+    check_numbers(name, section)
+    if stage.supervised and section.get("loss_type", "nll") not in SFT_LOSSES:
+        raise RecipeError(
+            f"`{name}.loss_type`: {section['loss_type']!r} is none of {', '.join(SFT_LOSSES)}"
+            f"{nearest(section['loss_type'], SFT_LOSSES)}"
+        )
+    if section.get("packing") and section.get("max_length", 1024) is None:
+        raise RecipeError(f"`{name}.packing` fills sequences of `{name}.max_length` tokens, which is null; give a length")
+    if stage.trains and not (stage.held_out_loss or stage.online) and section.get("eval_strategy", "no") != "no":
+        raise RecipeError(
+            f"`{name}.eval_strategy` {section['eval_strategy']}: {stage.name} judges held-out data at its end, and has none "
+            f"for TRL while it trains; leave it out"
+        )
+    if stage.online:
+        check_online(recipe, name, section)
+    if stage.sampled_pairs:
+        check_dpo(recipe)
 
 
 def check_numbers(name: str, section: dict[str, Any]) -> None:
@@ -69,8 +97,6 @@ def check_dpo(recipe: Recipe) -> None:
         raise RecipeError(f"`dpo.f_divergence_type`: {divergence!r} is none of TRL's{nearest(divergence, F_DIVERGENCES)}")
     if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
-    if recipe.preferences.path is not None:
-        pairs_file(recipe)
 
 
 def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:

@@ -18,6 +18,7 @@ from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_recipes.data.tokens import answered, encode_pair, is_chat, join_padded, prompt_text, render, template_of
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.rewards.function import NO_TEMPLATE, FunctionReward, run_async
 from rlhf_recipes.rewards.model import load_reward_tokenizer
 from rlhf_recipes.rollouts.samples import Samples
@@ -25,13 +26,6 @@ from rlhf_recipes.tasks import COLUMNS, load_dataset, load_task
 
 ROWS = 10
 SHOWN = 160  # characters of a text
-READ_BY = {
-    "load_prompts": "ppo, a2c, preferences, dpo, evaluate",
-    "load_preferences": "reward, dpo (`preferences.source: task`)",
-    "load_demonstrations": "sft",
-    "reward": "every policy stage, with `reward.function`",
-    "gold_reward": "every policy stage, where it is there",
-}
 
 
 def check_task(recipe: Recipe, console: Console) -> list[str]:
@@ -45,18 +39,18 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
         table.add_column(head, no_wrap=head not in ("columns", "read by"))
     for function in COLUMNS:
         if not hasattr(task, function):
-            table.add_row(function, "", "absent", "", "", READ_BY[function])
+            table.add_row(function, "", "absent", "", "", _readers(function))
             continue
         for split in ("train", "eval"):
             try:
                 dataset = load_dataset(task, function, split)
                 datasets[function, split] = dataset
                 lengths = _lengths(_first(dataset), function, tokenizer, ends)
-                table.add_row(function, split, str(len(dataset)), ", ".join(dataset.column_names), lengths, READ_BY[function])
+                table.add_row(function, split, str(len(dataset)), ", ".join(dataset.column_names), lengths, _readers(function))
                 readable |= {function} if split == "train" and tokenizer is not None else set()
             except RecipeError as error:
                 problems.append(f"{function}({split!r}): {error}")
-                table.add_row(function, split, "[red]fails[/red]", "", "", READ_BY[function])
+                table.add_row(function, split, "[red]fails[/red]", "", "", _readers(function))
     console.print(table)
     console.print(f"* least, median and most of the first {ROWS} rows, as the stage will see them")
     for (function, split), dataset in datasets.items():
@@ -84,6 +78,10 @@ def _tokenizer(recipe: Recipe, problems: list[str]) -> tuple[PreTrainedTokenizer
     except RecipeError as error:
         problems.append(f"{error}; texts are shown as they are, without tokens")
         return None, []
+
+
+def _readers(function: str) -> str:
+    return ", ".join(stage.name for stage in STAGES.values() if function in dict(stage.data))
 
 
 def _first(dataset: Dataset) -> Dataset:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.runs.folder import Finding
 
 Row = dict[str, Any]  # one line of metrics.jsonl: `step` and metrics by name
@@ -199,10 +200,11 @@ def learning_rate_too_high(h: History) -> Finding | None:
     clip, step = h.peak("policy/clipfrac_avg"), h.peak("policy/step_kl")
     if clip < HIGH_CLIP_FRACTION and step < HIGH_STEP_KL:
         return None
+    epochs, several_steps = f"{h.stage}.num_ppo_epochs", "num_ppo_epochs" in STAGES[h.stage].keys
     return Finding(
         "learning rate too high",
         f"at its worst {clip:.0%} of the tokens' ratios are clipped, and an update moves the policy by {step:.3f} nats a token",
-        f"Lower `{h.stage}.learning_rate`" + (" or `ppo.num_ppo_epochs`, or set `ppo.target_kl`" if h.stage == "ppo" else ""),
+        f"Lower `{h.stage}.learning_rate`" + (f" or `{epochs}`, or set `{h.stage}.target_kl`" if several_steps else ""),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from rlhf_recipes.evaluation.diagnosis import diagnose
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.runs.callbacks import ProgressBar, RunLogger
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.trainer import Resumable
@@ -47,19 +48,10 @@ class Watch(TrainerCallback):
                 self.run.found(finding, state.global_step)
 
 
-_SHOWN = {
-    "sft": {"loss": "loss", "eval_loss": "held-out loss"},
-    "reward": {"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
-    "ppo": {"objective/scores": "reward", "objective/kl": "KL"},
-    "a2c": {"objective/scores": "reward", "objective/kl": "KL"},
-    "dpo": {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
-}
-
-
 def watch(trainer: Resumable, run: Run) -> None:
     """Makes the trainer part of the run: checkpoints, the run's logger, and one progress bar in place of the trainer's."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RunLogger(run))
-    trainer.add_callback(ProgressBar(run.stage, _SHOWN[run.stage]))
+    trainer.add_callback(ProgressBar(run.stage, STAGES[run.stage].shown))
     trainer.attach(run)

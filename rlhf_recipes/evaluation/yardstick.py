@@ -24,12 +24,12 @@ from rlhf_recipes.optimum import (
 )
 from rlhf_recipes.recipe.errors import RecipeError, nearest
 from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.stages import JUDGED
 from rlhf_recipes.runs.fingerprint import another_backbone, differences, fingerprint, of_pairs, recorded_fingerprint
 from rlhf_recipes.runs.resume import newest_run, trials_of
 
 Metrics = dict[str, dict[str, float]]
 FRONTIER_BETAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0)
-_STAGES = ("ppo", "a2c", "dpo")
 SMALL_EFFECTIVE_SIZE = 10  # samples a prompt; below it an importance-sampling estimate leans on a handful of them
 
 
@@ -62,7 +62,7 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
     words = recipe.evaluate.policies
     if words is None:
         words = [f"best-of-{n}" for n in BEST_OF if n <= most]
-        for stage in _STAGES:
+        for stage in JUDGED:
             newest = newest_run(recipe, stage)  # `latest` also links to runs that go on or failed
             words += [] if newest is None else [f"{stage}={newest}"]
     judged = [Judged("reference")]
@@ -105,7 +105,7 @@ def left_out(recipe: Recipe) -> list[str]:
     most = recipe.evaluate.reference_completions
     too_many = [f"best-of-{n}" for n in BEST_OF if n > most]
     lines = [f"left out: {', '.join(too_many)}, as `evaluate.reference_completions` is {most}"] if too_many else []
-    for stage in _STAGES:
+    for stage in JUDGED:
         trials = trials_of(recipe, stage)
         if trials and newest_run(recipe, stage) is None:
             lines.append(

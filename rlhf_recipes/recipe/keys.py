@@ -4,12 +4,11 @@ tests/test_keys.py tries every key that is left. Nothing heavy is imported here.
 """
 
 import ast
-import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.recipe.trl_fields import Field
 
 # A fact that several stages share has one owner; TRL's name for it is refused inside a stage section.
 OWNER_OF = {
@@ -53,7 +52,7 @@ _UPLOADS = "a run stays on this machine; scripts/merge.py uploads a model, see `
 _EXAMPLES = "it is for the example scripts of transformers; here each stage is a script"
 _NO_DROPOUT = "the backbone's dropout is off, in every stage but sft; an adapter's is `lora.dropout`"
 # In every stage.
-_EVERYWHERE = {
+EVERYWHERE = {
     "resume_from_checkpoint": "--resume goes on with a run",
     "save_only_model": "a checkpoint holds what a run needs to go on; its adapter alone can be copied out of it",
     "ignore_data_skip": "a run that goes on sees the data it would have seen",
@@ -100,7 +99,7 @@ _OF_PAIRS = {
     "dataset_num_proc": "pairs are tokenised before TRL sees them",
     "disable_dropout": _NO_DROPOUT,
 }
-_NOT_READ = "PPO's loop does not read it"
+NOT_READ = "PPO's loop does not read it"
 PPO_READS = frozenset((
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
     "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
@@ -123,7 +122,7 @@ _PPO_REFUSED = {
     **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _BATCH),
     **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _MINI_BATCH),
 }
-_REFUSED = {
+REFUSED = {
     "sft": {
         "dataset_text_field": "`load_demonstrations` gives the column `text`",
         "dataset_kwargs": "`load_demonstrations` gives the data as they are to be trained on",
@@ -153,14 +152,6 @@ _REFUSED = {
         ),
     },
 }
-
-
-@functools.cache
-def refused_keys(stage: str) -> dict[str, str]:
-    """TRL's fields that the stage would accept and ignore, or that are secrets, with the reason."""
-    secrets = dict.fromkeys(filter(SECRET.search, stage_fields(stage)), NO_SECRETS)
-    unread = dict.fromkeys(stage_fields(stage).keys() - PPO_READS, _NOT_READ) if stage in ("ppo", "a2c") else {}
-    return unread | secrets | _EVERYWHERE | _REFUSED.get(stage, {})
 
 
 # --- keys beside others --------------------------------------------------------------------------------------------
@@ -205,7 +196,6 @@ _NEEDS: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
                    lambda value: value not in ("default_optim", "adamw_torch", "adamw_torch_fused", "adafactor")),
     "num_train_epochs": ("max_steps", "-1", lambda value: value is None or value <= 0),
 }  # fmt: skip
-_OURS = {("dpo", "max_length"): None, ("dpo", "precompute_ref_log_probs"): True}  # where a stage's default is not TRL's
 
 
 def _literal(source: str | None) -> Any:
@@ -216,27 +206,30 @@ def _literal(source: str | None) -> Any:
         return source
 
 
-def without_effect(stage: str, values: dict[str, Any], given: Collection[str]) -> str | None:
+def without_effect(
+    section: str, fields: Mapping[str, Field], defaults: Mapping[str, Any], values: dict[str, Any], given: Collection[str]
+) -> str | None:
     """What is wrong with a key of a stage's section that has no effect beside the others; None where every one has.
 
     A switch that the recipe turns off by name takes along what the recipe says of it; but not what the command line says.
 
     Args:
+        defaults: the stage's own, where they are not those of `fields`.
         values: the section's, of the types that TRL's fields have.
         given: the keys among them that the command line sets.
     """
-    fields = stage_fields(stage)
     for key, value in values.items():
         if value is None or repr(value) == fields[key].default:
             continue
-        if stage in ("ppo", "a2c") and key == "num_train_epochs":
+        if key == "num_train_epochs" and "total_episodes" in fields:  # which counts in its place
             switch, needed, fits = "total_episodes", "null", lambda episodes: episodes is None
         elif key in _NEEDS and _NEEDS[key][0] in fields:
             switch, needed, fits = _NEEDS[key]
         else:
             continue
-        default = _OURS.get((stage, switch), _literal(fields[switch].default))
+        default = defaults[switch] if switch in defaults else _literal(fields[switch].default)
         said_off = switch in values and key not in given
         if not fits(values.get(switch, default)) and not said_off:
-            return f"`{stage}.{key}` needs `{stage}.{switch}`{' ' if needed else ''}{needed}, without which it has no effect"
+            needed = f"`{section}.{switch}` {needed}".rstrip()
+            return f"`{section}.{key}` needs {needed}, without which it has no effect"
     return None

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
-from rlhf_recipes.recipe.keys import NO_SECRETS, OWNER_OF, SECRET, refused_keys, without_effect
+from rlhf_recipes.recipe.keys import NO_SECRETS, OWNER_OF, SECRET, without_effect
 from rlhf_recipes.recipe.names import meant
-from rlhf_recipes.recipe.sections import LORA_REFUSED, SECTIONS, STAGES, Recipe, RewardTerm
-from rlhf_recipes.recipe.trl_fields import stage_fields
+from rlhf_recipes.recipe.sections import LORA_REFUSED, SECTIONS, Recipe, RewardTerm
+from rlhf_recipes.recipe.stages import TRAINED
 from rlhf_recipes.recipe.values import coerce
 from rlhf_recipes.recipe.yaml_text import read_yaml
 
@@ -55,15 +55,15 @@ def _refuse_secrets(section: str, values: Any, file: str) -> None:
 
 def _build_stage(name: str, values: Any, file: str, given: Collection[str]) -> dict[str, Any]:
     """`given`: the keys that the command line sets."""
-    fields = stage_fields(name)
+    stage = TRAINED[name]
     for key in values if isinstance(values, dict) else ():
-        if key in OWNER_OF and key in fields:
+        if key in OWNER_OF and key in stage.fields:
             raise RecipeError(f"{file}: `{name}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there")
-        if key in refused_keys(name):
-            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {refused_keys(name)[key]}; leave it out")
-    _check_keys(name, values, fields, file)
-    typed = {key: coerce(value, fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
-    problem = without_effect(name, typed, given)
+        if key in stage.refused_keys:
+            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {stage.refused_keys[key]}; leave it out")
+    _check_keys(name, values, stage.fields, file)
+    typed = {key: coerce(value, stage.fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
+    problem = without_effect(name, stage.fields, stage.defaults, typed, given)
     if problem is not None:
         raise RecipeError(f"{file}: {problem}")
     return typed
@@ -87,8 +87,7 @@ def instead_of(name: str, known: typing.Iterable[str], section: str | None = Non
 def keys_of_sections() -> dict[str, tuple[str, ...]]:
     """The keys that each section of a recipe takes."""
     shared = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in SECTIONS.items()}
-    stages = {name: tuple(k for k in stage_fields(name) if k not in OWNER_OF | refused_keys(name)) for name in STAGES}
-    return shared | stages
+    return shared | {name: stage.keys for name, stage in TRAINED.items()}
 
 
 def _key_name(key: Any) -> str:
@@ -157,8 +156,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         raise RecipeError(f"{blame}: {error}") from None
     if "reward.normalize_prompts" in (overrides or {}) and not sections["reward"].normalize:
         raise RecipeError("--reward.normalize_prompts: `reward.normalize_prompts` needs `reward.normalize` true")
-    given = {name: {key for section, key in origin if section == name} for name in STAGES}
-    stages = {name: build(name, functools.partial(_build_stage, given=given[name])) for name in STAGES}
+    given = {name: {key for section, key in origin if section == name} for name in TRAINED}
+    stages = {name: build(name, functools.partial(_build_stage, given=given[name])) for name in TRAINED}
     return Recipe(folder=folder, stages=stages, **sections)
 
 
@@ -177,20 +176,15 @@ def _replace_reward(content: dict[str, Any], overrides: dict[str, Any]) -> None:
     terms = overrides.get("reward.terms")
     parts = terms if isinstance(terms, list) else []
     if "adapter" not in named and not any(isinstance(term, dict) and term.get("adapter") for term in parts):
-        for stage in ("ppo", "a2c"):
-            if isinstance(content.get(stage), dict) and content[stage].get("reward_baseline"):
-                content[stage]["reward_baseline"] = False
+        for section in TRAINED:
+            if isinstance(content.get(section), dict) and content[section].get("reward_baseline"):
+                content[section]["reward_baseline"] = False
 
 
 def _section_names() -> list[str]:
-    return [*SECTIONS, *STAGES]
+    return [*SECTIONS, *TRAINED]
 
 
 def _known_recipes() -> str:
     names = sorted(str(p.parent) for p in Path("recipes").glob("*/recipe.yaml"))
     return f"recipes here: {', '.join(names)}" if names else "give a folder that holds a recipe.yaml"
-
-
-def section_of(stage: str) -> str:
-    """The recipe section of a stage: `reward` the stage has `reward_training`, since `reward` is the model itself."""
-    return "reward_training" if stage == "reward" else stage

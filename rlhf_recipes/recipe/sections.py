@@ -11,7 +11,6 @@ import yaml
 from annotated_types import Ge, Gt, Lt
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES
 from rlhf_recipes.recipe.values import coerce
 
 LATEST = "latest"  # beside the runs of a stage: a link to the newest
@@ -307,7 +306,6 @@ SECTIONS: dict[str, type] = {
     "report": ReportSection,
     "merge": MergeSection,
 }
-STAGES = tuple(CONFIG_SOURCES)
 
 
 @dataclass(frozen=True)

@@ -13,33 +13,15 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# stage -> the chain of dataclasses that make up its config, base first: (package, file, class)
-_TRAINING_ARGUMENTS = [
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-]
-_PPO = [
-    *_TRAINING_ARGUMENTS,
-    ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
-    ("rlhf_recipes", "algorithms/trainer.py", "PPOConfig"),
-]
-CONFIG_SOURCES = {
-    "sft": [
-        *_TRAINING_ARGUMENTS,
-        ("trl", "trainer/sft_config.py", "SFTConfig"),
-        ("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
-    ],
-    "reward_training": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": _PPO,
-    "a2c": _PPO,
-    "dpo": [
-        *_TRAINING_ARGUMENTS,
-        ("trl", "trainer/dpo_config.py", "DPOConfig"),
-        ("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
-    ],
-}
+
+class Source(NamedTuple):
+    """A dataclass in an installed package."""
+
+    package: str
+    file: str
+    class_name: str
 
 
 @dataclass(frozen=True)
@@ -68,17 +50,25 @@ def _default_source(node: ast.expr | None) -> str | None:
 
 
 @functools.cache
-def stage_fields(stage: str) -> dict[str, Field]:
-    """Field name -> `Field` of the config class behind a stage section of a recipe ("sft", "ppo", ...)."""
-    fields: dict[str, Field] = {}
-    for package, file, class_name in CONFIG_SOURCES[stage]:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
-        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-        body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
-        for node in body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                annotation = ast.unparse(node.annotation)
-                if "ClassVar" not in annotation and "init=False" not in ast.unparse(node):
-                    fields[node.target.id] = Field(_evaluate_annotation(node.annotation), _default_source(node.value))
+def _own_fields(source: Source) -> dict[str, Field]:
+    """Those that a class defines itself."""
+    spec = importlib.util.find_spec(source.package)
+    assert spec is not None and spec.submodule_search_locations, f"{source.package} is not installed"
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / source.file).read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == source.class_name)
+    fields = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            annotation = ast.unparse(node.annotation)
+            if "ClassVar" not in annotation and "init=False" not in ast.unparse(node):
+                fields[node.target.id] = Field(_evaluate_annotation(node.annotation), _default_source(node.value))
     return fields
+
+
+def fields_of(sources: tuple[Source, ...]) -> dict[str, Field]:
+    """Field name -> `Field` of a config class.
+
+    Args:
+        sources: the chain of dataclasses that make it up, base first.
+    """
+    return {name: field for source in sources for name, field in _own_fields(source).items()}

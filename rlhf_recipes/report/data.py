@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import LATEST, SECTIONS, Recipe, followed
+from rlhf_recipes.recipe.stages import JUDGED
 from rlhf_recipes.runs.fingerprint import describe_reward, differences, fingerprint, parts_of, recorded_fingerprint
 
 
@@ -113,22 +114,6 @@ class ReportData:
     notes: list[str]  # what to know beside the numbers
 
 
-TRAINED = ("ppo", "a2c", "dpo", "other")
-ONLINE_CURVES = {
-    "objective/scores": "reward of the rollout",
-    "objective/kl": "KL to the reference, nats a sequence",
-    "objective/rlhf_reward": "J: reward - beta x KL",
-    "policy/entropy_avg": "entropy, nats a token",
-}
-CURVES = {
-    "ppo": ONLINE_CURVES,
-    "a2c": ONLINE_CURVES,
-    "dpo": {
-        "loss": "DPO loss",
-        "rewards/margins": "implicit reward margin, chosen - rejected",
-        "rewards/accuracies": "share of pairs ranked right",
-    },
-}
 METRICS = {  # in the table's order
     "reward": "reward",
     "kl": "KL, nats",
@@ -209,7 +194,7 @@ def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, run:
     folder = Path(path)
     summary, resolved = _read_summary(folder), _read_resolved(folder)
     stage = summary.get("stage", folder.parent.name if resolved else None)
-    kind = stage if stage in CURVES else "other"
+    kind = stage if stage in JUDGED else "other"
     settings = {
         f"{section}.{key}": value
         for section, keys in resolved.items()
@@ -222,10 +207,10 @@ def _load_policy(name: str, metrics: dict[str, Interval], path: str | None, run:
         kind,
         metrics,
         run=run,
-        beta=summary.get("beta", beta) if kind in CURVES else None,
+        beta=summary.get("beta", beta) if kind in JUDGED else None,
         seed=summary.get("seed", (resolved.get("run") or {}).get("seed")),
         settings=settings,
-        curves=_read_curves(folder, CURVES.get(kind, {})),
+        curves=_read_curves(folder, JUDGED[kind].curves if kind in JUDGED else ()),
         watched=[row for row in _read_metrics(folder) if {"eval/reward_se", "eval/kl"} <= row.keys()],
         findings=summary.get("findings", []),
     )

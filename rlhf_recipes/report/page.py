@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.evaluation.tables import fraction_bound, markdown_table, markdown_text, optimum_text
-from rlhf_recipes.report.data import METRICS, TRAINED, Interval, ReportData
-from rlhf_recipes.report.plots import STYLES, curve_plots, frontier_plot, gold_plot, plotly_figure, save_png, watch_plots
+from rlhf_recipes.report.data import METRICS, Interval, ReportData
+from rlhf_recipes.report.plots import (
+    STYLES,
+    TRAINED,
+    curve_plots,
+    frontier_plot,
+    gold_plot,
+    plotly_figure,
+    save_png,
+    watch_plots,
+)
 
 
 def table_metrics(data: ReportData) -> list[str]:

@@ -15,26 +15,16 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
-from rlhf_recipes.report.data import CURVES, METRICS, ONLINE_CURVES, TRAINED, Interval, OptimalPoint, Policy, ReportData
+from rlhf_recipes.recipe.stages import JUDGED, Style
+from rlhf_recipes.report.data import METRICS, Interval, OptimalPoint, Policy, ReportData
 
-
-@dataclass(frozen=True)
-class Style:
-    label: str
-    colour: str
-    marker: str  # plotly's name
-    label_side: str  # where the label of a beta or an n stands
-
-
-# Okabe and Ito's colours, told apart under every common colour blindness; the marker says the same again.
-STYLES = {
-    "ppo": Style("PPO", "#0072B2", "circle", "top left"),
-    "a2c": Style("A2C", "#E69F00", "square", "bottom right"),
-    "dpo": Style("DPO", "#009E73", "diamond", "bottom left"),
+# Okabe and Ito's colours, as the stages have.
+STYLES = {name: stage.style for name, stage in JUDGED.items() if stage.style is not None} | {
     "other": Style("other", "#CC79A7", "triangle-up", "top right"),
     "reference": Style("reference", "#222222", "x", "top right"),
     "best-of-n": Style("best-of-n", "#767676", "circle", "bottom right"),
 }
+TRAINED = (*JUDGED, "other")
 OPTIMAL_COLOUR = "#222222"
 
 
@@ -224,14 +214,15 @@ def gold_plot(data: ReportData) -> Plot | None:
 def curve_plots(data: ReportData) -> dict[str, Plot]:
     """Metric -> its curve for every policy that logged it."""
     colours = curve_colours(data)
+    titles = {metric: (title, stage.online) for stage in JUDGED.values() for metric, title in stage.curves.items()}
     plots = {}
-    for metric, title in (ONLINE_CURVES | CURVES["dpo"]).items():
+    for metric, (title, episodes) in titles.items():
         series = []
         for name, points in ((p.name, p.curves[metric]) for p in data.policies if metric in p.curves):
             colour, dash = colours[name]
             series.append(Series(name, colour, [x for x, _ in points], [y for _, y in points], dash=dash))
         if series:
-            plots[metric] = Plot("episodes" if metric in ONLINE_CURVES else "optimizer steps", "", series, title=title)
+            plots[metric] = Plot("episodes" if episodes else "optimizer steps", "", series, title=title)
     return plots
 
 
@@ -274,7 +265,7 @@ def watch_plots(data: ReportData) -> dict[str, Plot]:
 def curve_colours(data: ReportData) -> dict[str, tuple[str, str]]:
     """Policy -> colour and dash of its curve: its stage's colour, shaded and dashed to tell several runs apart."""
     styles = {}
-    for kind in CURVES:
+    for kind in JUDGED:
         members = [p.name for p in data.policies if p.kind == kind]
         for at, name in enumerate(members):
             dash = ("solid", "dash", "dot", "dashdot")[at % 4]

@@ -1,5 +1,6 @@
 """What watches a training: the run's metrics files and wandb, and a progress bar with the numbers that matter."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -27,7 +28,7 @@ class ProgressBar(TrainerCallback):
         shown: metric name -> label.
     """
 
-    def __init__(self, title: str, shown: dict[str, str]) -> None:
+    def __init__(self, title: str, shown: Mapping[str, str]) -> None:
         self.title, self.shown = title, shown
         self.bar: tqdm | None = None
         self.latest: dict[str, str] = {}

@@ -21,6 +21,7 @@ from rlhf_recipes.data.pair_files import FILE, pairs_file
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import Recipe, RewardTerm
+from rlhf_recipes.recipe.stages import STAGES, Stage
 
 RESOLVED = "recipe.resolved.yaml"
 RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, what it maximised
@@ -28,7 +29,6 @@ ADAPTER = "adapter_made.json"  # beside a reward adapter, and copied with it: th
 # Numbers of a policy are its own where these are what it was trained for.
 OWN = ("reward", "beta", "sampling", "backbone")
 SUMMARY = "summary.json"
-JUDGED = ("preferences", "ppo", "a2c", "dpo", "evaluate")  # the stages that know a reward
 PAIRS = "pairs"  # the kind of term that a policy of given pairs maximises
 _READ_WHOLE = 64 * 2**20  # bytes; of larger files the ends and _SAMPLES places between them
 _SAMPLES, _SAMPLE = 64, 2**16
@@ -39,17 +39,18 @@ _TERM_KEYS = {
 }
 
 
-def fingerprint(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Of a run of `stage`: readable parts, and a short hash of what they say apart from paths.
+def fingerprint(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Of a run of the stage `name`: readable parts, and a short hash of what they say apart from paths.
 
     DPO on given pairs maximises what these were labelled by: the reward that scripts/preferences.py recorded beside them, or
     the preferences of whoever made them.
     """
+    stage = STAGES[name]
     parts: dict[str, Any] = {"backbone": _backbone(recipe, stage)}
-    if stage not in ("sft", "reward"):
-        reward = _pairs(recipe) if stage == "dpo" else None
+    if not stage.supervised:
+        reward = _pairs(recipe) if stage.sampled_pairs else None
         parts |= {"reward": reward or _reward(recipe), "beta": recipe.objective.beta}
-    if stage == "reward":
+    elif stage.pairs:
         parts["pairs"] = {"path": "load_preferences", "content": _own_pairs(recipe.folder / "task.py")}
     completion = recipe.data.max_completion_tokens
     parts["sampling"] = dataclasses.asdict(recipe.sampling) | {"max_completion_tokens": completion}
@@ -60,8 +61,8 @@ def fingerprint(recipe: Recipe, stage: str) -> dict[str, Any]:
 # --- its parts ---------------------------------------------------------------------------------------------------
 
 
-def _backbone(recipe: Recipe, stage: str) -> dict[str, Any]:
-    if stage == "sft" and recipe.stages["sft"].get("from_scratch"):
+def _backbone(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    if recipe.stages.get(stage.section, {}).get("from_scratch"):
         return {"architecture": recipe.model.architecture}
     return {"path": recipe.model.path, "content": weights_hash(Path(recipe.path(recipe.model.path)))}
 
@@ -218,14 +219,15 @@ def recorded_fingerprint(folder: Path) -> dict[str, Any] | None:
     """
     for run in (folder, folder.parent):
         about = _read(run / RUN)
+        name = about.get("stage") or _read(run / SUMMARY).get("stage") or run.parent.name
+        stage = STAGES.get(name) if isinstance(name, str) else None
         if "fingerprint" in about:
-            return _sound(about.get("policy") if about.get("stage") == "merge" else about["fingerprint"])
+            return _sound(about.get("policy") if stage is not None and stage.merges else about["fingerprint"])
         if (run / RESOLVED).is_file():
-            stage = about.get("stage") or _read(run / SUMMARY).get("stage") or run.parent.name
-            if stage not in JUDGED:
+            if stage is None or not stage.samples:
                 return None
             try:
-                return fingerprint(load_recipe(run / RESOLVED), stage) | {"derived": True}
+                return fingerprint(load_recipe(run / RESOLVED), stage.name) | {"derived": True}
             except (RecipeError, OSError, yaml.YAMLError):  # of other keys than today's, or its files are gone
                 return None
     return None

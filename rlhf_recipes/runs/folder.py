@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_recipes.process import stop_together
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import LATEST, Recipe
+from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.runs.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.runs.fingerprint import RESOLVED, RUN, SUMMARY, fingerprint
 from rlhf_recipes.runs.resume import read_run, task_hash
@@ -115,7 +116,7 @@ class Run:
         temporary.mkdir(parents=True)
         trial = self.recipe.run.trial or "WANDB_SWEEP_ID" in os.environ  # wandb's agent sets it for each run
         about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe), "trial": trial}
-        if self.stage != "report":
+        if STAGES[self.stage].loads_weights:
             about["fingerprint"] = fingerprint(self.recipe, self.stage)
         made = temporary
         try:
@@ -276,7 +277,7 @@ class Run:
             "seconds": round(time.perf_counter() - self.started, 1),
             **summary,
         }
-        if self.stage in ("ppo", "a2c"):
+        if STAGES[self.stage].online:
             summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.loading import load_recipe, section_of
+from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import LATEST, Recipe, followed
+from rlhf_recipes.recipe.stages import STAGES, TRAINED
 from rlhf_recipes.runs.checkpoints import RESUME, checkpoints_of, damage, step_of
 from rlhf_recipes.runs.fingerprint import RESOLVED, RUN, SUMMARY, differences, fingerprint, without_code
 
-RESUMABLE = ("sft", "reward", "preferences", "ppo", "a2c", "dpo")
 # What may change while a run is interrupted: it has no say in the weights.
 _FREE_SECTIONS = ("evaluate", "watch", "report", "merge", "run")
 _FREE_KEYS = (
@@ -39,7 +39,7 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
     Raises:
         RecipeError: there is no such run, it is finished, or it would not be the same run.
     """
-    if stage not in RESUMABLE:
+    if not STAGES[stage].resumable:
         raise RecipeError(f"--resume: {stage} writes nothing before its end, so there is nothing to go on with; start it anew")
     run, chosen = _find(recipe, stage)
     then = load_recipe(run / RESOLVED)
@@ -55,7 +55,7 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
                 f"and random states would be others; launch with {before}"
             )
         notes.append(f"going on from {checkpoint}")
-    elif stage != "preferences":  # its pairs are its own record
+    elif STAGES[stage].trains:  # of another one what it has written is its record
         notes.append(f"{run} has no checkpoint yet: starting from its beginning")
     settings = dataclasses.replace(now.run, resume=str(checkpoint or run), name=run.name, output=recipe.run.output)
     return dataclasses.replace(now, run=settings), notes
@@ -151,7 +151,7 @@ def _compare(then: Recipe, now: Recipe, given: Recipe, stage: str, run: Path) ->
 def _is_of(key: str, stage: str) -> bool:
     """Whether a stage reads a key: those of other stages' sections it does not."""
     section = key.split(".")[0]
-    return section not in ("sft", "reward_training", "ppo", "a2c", "dpo") or section == section_of(stage)
+    return section not in TRAINED or section == STAGES[stage].section
 
 
 def _is_free(key: str, stage: str) -> bool:

@@ -3,7 +3,6 @@
 Nothing heavy is imported here: a wrong key is answered in about a second.
 """
 
-import dataclasses
 import os
 import re
 import shutil
@@ -20,14 +19,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from rlhf_recipes.checks.machine import check
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
-from rlhf_recipes.recipe.keys import OWNER_OF, refused_keys
-from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.loading import keys_of_sections, load_recipe
 from rlhf_recipes.recipe.sections import SECTIONS, Recipe
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES, stage_fields
+from rlhf_recipes.recipe.stages import JUDGED, STAGES, TRAINED
 from rlhf_recipes.recipe.yaml_text import read_yaml
 from rlhf_recipes.sweeps.space import combinations, distribution, range_ends
 
-STAGES = ("ppo", "a2c", "dpo")  # those that end with a policy judged on held-out prompts
 METHODS = ("grid", "random", "bayes")
 SEED = "run.seed"
 # of evaluation.Completions.means
@@ -213,7 +210,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _program(content: dict[str, Any]) -> tuple[str, str]:
-    scripts = [f"scripts/{stage}.py" for stage in STAGES]
+    scripts = [f"scripts/{stage}.py" for stage in JUDGED]
     program = content.get("program")
     if program is None:
         raise RecipeError(f"`program` is missing: one of {', '.join(scripts)}")
@@ -236,13 +233,13 @@ def _one_of(key: str, value: Any, allowed: Iterable[str]) -> str:
 def _check_name(name: Any, stage: str) -> None:
     """A parameter is a key of the recipe that has a say in the stage; whether the recipe has it, the loader knows."""
     if not isinstance(name, str) or "." not in name:
-        keys = {f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-        keys |= {f"{stage}.{key}" for key in stage_fields(stage).keys() - OWNER_OF.keys() - refused_keys(stage).keys()}
+        sections = keys_of_sections()
+        keys = {f"{section}.{key}" for section in (*SECTIONS, stage) for key in sections[section]}
         same = sorted((key for key in keys if key.endswith(f".{name}")), key=lambda key: not key.startswith(stage))
         near = f"; did you mean `{same[0]}`?" if same else nearest(str(name), keys)
         raise RecipeError(f"`parameters`: `{name}` is no key of a recipe, `section.key`{near}")
     section = name.partition(".")[0]
-    if section in CONFIG_SOURCES and section != stage:
+    if section in TRAINED and section != stage:
         raise RecipeError(f"`parameters.{name}`: scripts/{stage}.py does not read it, so every trial would be the same")
     if name in _GIVEN:
         raise RecipeError(f"`parameters.{name}`: scripts/sweep.py gives it to every trial; leave it out")
@@ -393,7 +390,8 @@ def _pruning(content: dict[str, Any], recipe: Recipe, stage: str) -> Pruning | N
     if ("min_iter" in stop) == ("max_iter" in stop) or ("max_iter" in stop) != ("s" in stop):
         raise RecipeError("`early_terminate` needs `min_iter`, or `max_iter` and `s`")
     if recipe.stages.get(stage, {}).get("eval_strategy", "no") != "steps":
-        where = f"give `{stage}.eval_strategy: {{value: steps}}` and `{stage}.eval_steps`" if stage != "dpo" else "leave it out"
+        give = f"give `{stage}.eval_strategy: {{value: steps}}` and `{stage}.eval_steps`"
+        where = give if STAGES[stage].online else "leave it out"
         raise RecipeError(f"`early_terminate`: this {stage} measures no held-out metric before its end; {where}")
     eta = stop.get("eta", 3)
     if "min_iter" in stop:

@@ -28,7 +28,7 @@ from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import Recipe
-from rlhf_recipes.recipe.trl_fields import CONFIG_SOURCES
+from rlhf_recipes.recipe.stages import TRAINED
 from rlhf_recipes.runs.fingerprint import RESOLVED, SUMMARY
 from rlhf_recipes.sweeps.file import Sweep, search_path, text_of
 from rlhf_recipes.sweeps.job import POLL, FailedError, Job, PrunedError, Runner, last_words, run_process, watched_values
@@ -115,11 +115,7 @@ class Worker:
     def _identity(self) -> dict[str, Any]:
         """What must not change while a study goes on, as JSON gives it back."""
         sweep = self.sweep
-        read = {
-            name: value
-            for name, value in sweep.recipe.to_dict().items()
-            if name not in {"run", *CONFIG_SOURCES} - {sweep.stage}
-        }
+        read = {name: value for name, value in sweep.recipe.to_dict().items() if name not in {"run", *TRAINED} - {sweep.stage}}
         identity = {
             "method": sweep.method, "metric": sweep.metric, "maximize": sweep.maximize, "program": sweep.program,
             "seeds": sweep.seeds, "early_terminate": str(sweep.pruning),

@@ -1,0 +1,204 @@
+"""Every stage as a row of facts: whoever treats stages differently asks the row, and nobody asks for a stage's name.
+
+Nothing heavy is imported here.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf_recipes.recipe.keys import EVERYWHERE, NO_SECRETS, NOT_READ, OWNER_OF, PPO_READS, REFUSED, SECRET
+from rlhf_recipes.recipe.trl_fields import Field, Source, fields_of
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a report draws the policies of a stage."""
+
+    label: str
+    colour: str
+    marker: str  # plotly's name
+    label_side: str  # where the label of a beta or an n stands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is true of a stage. A new trainer of TRL's is one row here, its file in algorithms/ and its script."""
+
+    name: str
+    section: str  # of a recipe: the keys that are the stage's own
+    config: tuple[Source, ...] = ()  # the dataclasses whose fields are the section's keys, base first; none: it trains nothing
+    refused: Mapping[str, str] = field(default_factory=dict)  # fields that it would accept and ignore, and why
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of fields, where they are not TRL's
+    data: tuple[
+        tuple[str, str], ...
+    ] = ()  # (function of task.py, split) that it may ask for, held-out data first, as a rule the smaller
+    # what it does
+    loads_weights: bool = True
+    online: bool = False  # samples from the policy as it learns
+    pairs: bool = False  # trains on pairs
+    samples: str | None = None  # completions, for the rewards to judge: the section that says how many at a time
+    judged: bool = False  # ends with its policy judged on held-out prompts
+    judges: bool = False  # any policies: `evaluate.policies`
+    merges: bool = False  # an adapter into its backbone
+    writes_model: bool = False  # a whole one
+    resumable: bool = False
+    shardable: bool = False  # by FSDP 2 and DeepSpeed
+    held_out_loss: bool = False  # measured while it trains, with `eval_strategy`
+    logits: Literal["chunk", "batch", "none"] = "chunk"  # over the vocabulary: of how much at once
+    # what it shows
+    shown: Mapping[str, str] = field(default_factory=dict)  # in the progress bar: metric -> label
+    curves: Mapping[str, str] = field(default_factory=dict)  # in a report: metric -> title
+    style: Style | None = None
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.config)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it trains on rows of the task's own."""
+        return self.trains and self.samples is None
+
+    @property
+    def sampled_pairs(self) -> bool:
+        """Whether it trains on the pairs of `preferences`: sampled, or given in their place."""
+        return self.pairs and self.samples is not None
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Field]:
+        return fields_of(self.config)
+
+    @functools.cached_property
+    def refused_keys(self) -> dict[str, str]:
+        """Fields that the stage would accept and ignore, or that are secrets, with the reason."""
+        secrets = dict.fromkeys(filter(SECRET.search, self.fields), NO_SECRETS)
+        unread = dict.fromkeys(self.fields.keys() - PPO_READS, NOT_READ) if self.online else {}
+        return {**unread, **secrets, **EVERYWHERE, **self.refused}
+
+    @functools.cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The fields that its section takes."""
+        return tuple(key for key in self.fields if key not in OWNER_OF | self.refused_keys)
+
+
+_TRAINING_ARGUMENTS = (
+    Source("transformers", "training_args.py", "TrainingArguments"),
+    Source("trl", "trainer/base_config.py", "_BaseConfig"),
+)
+_PPO_CONFIG = (
+    *_TRAINING_ARGUMENTS,
+    Source("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
+    Source("rlhf_recipes", "algorithms/trainer.py", "PPOConfig"),
+)
+_PROMPTS = (("load_prompts", "eval"), ("load_prompts", "train"))
+_ONLINE_SHOWN = {"objective/scores": "reward", "objective/kl": "KL"}
+_ONLINE_CURVES = {
+    "objective/scores": "reward of the rollout",
+    "objective/kl": "KL to the reference, nats a sequence",
+    "objective/rlhf_reward": "J: reward - beta x KL",
+    "policy/entropy_avg": "entropy, nats a token",
+}
+
+# Colours of Okabe and Ito, told apart under every common colour blindness; the marker says the same again.
+_ROWS = (
+    Stage(
+        name="sft",
+        section="sft",
+        config=(
+            *_TRAINING_ARGUMENTS,
+            Source("trl", "trainer/sft_config.py", "SFTConfig"),
+            Source("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
+        ),
+        refused=REFUSED["sft"],
+        data=(("load_demonstrations", "eval"), ("load_demonstrations", "train")),
+        writes_model=True,
+        resumable=True,
+        shardable=True,
+        held_out_loss=True,
+        shown={"loss": "loss", "eval_loss": "held-out loss"},
+    ),
+    Stage(
+        name="reward",
+        section="reward_training",  # `reward` is the model itself
+        config=(*_TRAINING_ARGUMENTS, Source("trl", "trainer/reward_config.py", "RewardConfig")),
+        refused=REFUSED["reward_training"],
+        data=(("load_preferences", "eval"), ("load_preferences", "train")),
+        pairs=True,
+        resumable=True,
+        shardable=True,
+        logits="none",
+        shown={"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
+    ),
+    Stage(
+        name="preferences",
+        section="preferences",
+        data=(("load_prompts", "train"),),
+        samples="preferences",
+        resumable=True,
+    ),
+    Stage(
+        name="ppo",
+        section="ppo",
+        config=_PPO_CONFIG,
+        refused=REFUSED["ppo"],
+        data=_PROMPTS,
+        online=True,
+        samples="ppo",
+        judged=True,
+        resumable=True,
+        shown=_ONLINE_SHOWN,
+        curves=_ONLINE_CURVES,
+        style=Style("PPO", "#0072B2", "circle", "top left"),
+    ),
+    Stage(
+        name="a2c",
+        section="a2c",
+        config=_PPO_CONFIG,
+        refused=REFUSED["a2c"],
+        defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # what makes it A2C
+        data=_PROMPTS,
+        online=True,
+        samples="a2c",
+        judged=True,
+        resumable=True,
+        shown=_ONLINE_SHOWN,
+        curves=_ONLINE_CURVES,
+        style=Style("A2C", "#E69F00", "square", "bottom right"),
+    ),
+    Stage(
+        name="dpo",
+        section="dpo",
+        config=(
+            *_TRAINING_ARGUMENTS,
+            Source("trl", "trainer/dpo_config.py", "DPOConfig"),
+            Source("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
+        ),
+        refused=REFUSED["dpo"],
+        defaults={
+            "max_length": None,  # pairs keep to `data`'s lengths; TRL would cut them silently
+            "precompute_ref_log_probs": True,
+        },
+        data=(*_PROMPTS, ("load_preferences", "train")),
+        pairs=True,
+        samples="preferences",
+        judged=True,
+        resumable=True,
+        shardable=True,
+        logits="batch",
+        shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
+        curves={
+            "loss": "DPO loss",
+            "rewards/margins": "implicit reward margin, chosen - rejected",
+            "rewards/accuracies": "share of pairs ranked right",
+        },
+        style=Style("DPO", "#009E73", "diamond", "bottom left"),
+    ),
+    Stage(name="evaluate", section="evaluate", data=(("load_prompts", "eval"),), samples="evaluate", judges=True),
+    Stage(name="merge", section="merge", data=(("load_prompts", "eval"),), merges=True, writes_model=True),
+    Stage(name="report", section="report", loads_weights=False),
+)
+STAGES = {stage.name: stage for stage in _ROWS}
+TRAINED = {stage.section: stage for stage in _ROWS if stage.trains}  # by section, in a recipe's order
+JUDGED = {stage.name: stage for stage in _ROWS if stage.judged}
