@@ -37,12 +37,16 @@ from rlhf_recipes.models.reference import SyncedReference
 from rlhf_recipes.models.value import ValueAdapter, ValueHead
 from rlhf_recipes.objective import (
     adapted_beta,
+    clipped_surrogate,
+    clipped_value_loss,
     correlation,
     explained_variance,
     generalized_advantages,
     masked_mean,
     token_kl,
+    token_rewards,
     weighted_token_kl,
+    whitened,
     whitening_scale,
 )
 from rlhf_recipes.process import stop_together
@@ -433,13 +437,10 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         is a term of the loss.
         """
         args, scores = self.args, rollout.scores.total
-        rewards = -self.kl_coef * rollout.kl
-        if args.full_kl or args.kl_loss:
-            rewards = nn.functional.pad(rewards[:, 1:], (0, 1))
-        rewards[torch.arange(len(scores)), rollout.value_mask.sum(1) - 1] += scores
+        ends = rollout.value_mask.sum(1) - 1
+        rewards = token_rewards(rollout.kl, scores, ends, self.kl_coef, following=args.full_kl or args.kl_loss)
         if args.whiten_rewards:
-            mean, scale = self._whitening(rewards, rollout.value_mask)
-            rewards = ((rewards - mean) * scale + mean) * rollout.value_mask
+            rewards = whitened(rewards, rollout.value_mask, *self._whitening(rewards, rollout.value_mask), keep_mean=True)
         return rewards
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
@@ -449,7 +450,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         if not self.args.whiten_advantages:
             return Advantages(raw * rollout.mask, returns, torch.ones_like(raw[0, 0]))
         mean, scale = self._whitening(raw, rollout.mask)
-        return Advantages((raw - mean) * scale * rollout.mask, returns, scale)
+        return Advantages(whitened(raw, rollout.mask, mean, scale), returns, scale)
 
     def _whitening(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and inverse deviation under `mask` over the rollouts of all processes, as if they were one batch."""
@@ -521,11 +522,9 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         )
         if rollout.baseline is not None:
             values = values + rollout.baseline[rows]
-        difference = (output.logprobs - rollout.logprobs[rows]) * mask
-        ratio = difference.exp()
-        unclipped = -advantage * ratio
-        clipped = -advantage * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-        policy_loss = torch.max(unclipped, clipped) * mask
+        log_ratio = (output.logprobs - rollout.logprobs[rows]) * mask
+        policy_loss, policy_clipped = clipped_surrogate(log_ratio, advantage, args.cliprange)
+        policy_loss = policy_loss * mask
         kl = output.kl
         if args.kl_loss:
             reference = rollout.reference_logprobs[rows]
@@ -533,22 +532,20 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         if kl is not None:
             policy_loss = policy_loss + self.kl_coef * advantages.scale * kl * mask
 
-        old_values = rollout.values[rows]
-        near = values.clamp(old_values - args.cliprange_value, old_values + args.cliprange_value)
-        error, near_error = (values - target).square(), (near - target).square()
-        value_loss = 0.5 * torch.max(error, near_error) * value_mask
+        value_loss, value_clipped = clipped_value_loss(values, rollout.values[rows], target, args.cliprange_value)
+        value_loss = value_loss * value_mask
 
         loss = policy_loss.sum() / tokens + args.vf_coef * value_loss.sum() / states
         with torch.no_grad():
             stats = {
-                "policy/approxkl_avg": 0.5 * difference.square().mean(),
-                "policy/step_kl": masked_mean(0.5 * difference.square(), mask),
-                "policy/clipfrac_avg": masked_mean((clipped > unclipped).float(), mask),
+                "policy/approxkl_avg": 0.5 * log_ratio.square().mean(),
+                "policy/step_kl": masked_mean(0.5 * log_ratio.square(), mask),
+                "policy/clipfrac_avg": masked_mean(policy_clipped.float(), mask),
                 "loss/policy_avg": masked_mean(policy_loss, mask),
                 "loss/value_avg": masked_mean(value_loss, value_mask),
-                "val/clipfrac_avg": masked_mean((near_error > error).float(), value_mask),
+                "val/clipfrac_avg": masked_mean(value_clipped.float(), value_mask),
                 "policy/entropy_avg": masked_mean(output.entropy, mask),
-                "val/ratio": ratio.mean(),
+                "val/ratio": log_ratio.exp().mean(),
             }
         return loss, stats
 
