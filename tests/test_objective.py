@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rlhf_recipes.algorithms.trainer import trl_ppo_trainer
+from rlhf_recipes.algorithms.ppo_config import trl_ppo_trainer
 from rlhf_recipes.objective import (
     clipped_surrogate,
     clipped_value_loss,

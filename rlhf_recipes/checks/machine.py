@@ -70,7 +70,7 @@ def check(recipe: Recipe, stage: str) -> None:
             f"has none for TRL while it trains; leave it out"
         )
     if stage in ("ppo", "a2c"):
-        check_online(recipe, stage, section)
+        check_online(recipe, stage)
     if stage == "dpo":
         check_dpo(recipe)
     check_pad(recipe)

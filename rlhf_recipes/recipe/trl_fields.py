@@ -20,11 +20,7 @@ _TRAINING_ARGUMENTS = [
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
 ]
-_PPO = [
-    *_TRAINING_ARGUMENTS,
-    ("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
-    ("rlhf_recipes", "algorithms/trainer.py", "PPOConfig"),
-]
+_A2C = ("rlhf_recipes", "recipe/online_settings.py", "A2CSettings")
 CONFIG_SOURCES = {
     "sft": [
         *_TRAINING_ARGUMENTS,
@@ -32,8 +28,8 @@ CONFIG_SOURCES = {
         ("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
     ],
     "reward_training": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
-    "ppo": _PPO,
-    "a2c": _PPO,
+    "ppo": [_A2C, ("rlhf_recipes", "recipe/online_settings.py", "PPOSettings")],
+    "a2c": [_A2C],
     "dpo": [
         *_TRAINING_ARGUMENTS,
         ("trl", "trainer/dpo_config.py", "DPOConfig"),
