@@ -25,10 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.compare import Work
 from rlhf_recipes import roles
-from rlhf_recipes.algorithms import trainer as ppo_trainer
+from rlhf_recipes.algorithms import experience
 from rlhf_recipes.algorithms.dpo import DPOTrainer, dpo_fields
 from rlhf_recipes.algorithms.pairs import tokenize_preferences
-from rlhf_recipes.algorithms.trainer import trl_ppo, trl_ppo_trainer
+from rlhf_recipes.algorithms.ppo_config import PPOConfig, trl_ppo, trl_ppo_trainer
+from rlhf_recipes.algorithms.trainer import PPOTrainer
 from rlhf_recipes.algorithms.trl_config import DPOConfig
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
@@ -163,15 +164,15 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     ours = _our_roles(recipe)
     watch = Stopwatch()
     clock = Clock(watch)
-    args = ppo_trainer.PPOConfig(**_ppo_values(work, folder))
-    trainer = ppo_trainer.PPOTrainer(args, ours, _prompts(work, recipe, ours.tokenizer), callbacks=[clock])
+    args = PPOConfig(**_ppo_values(work, folder))
+    trainer = PPOTrainer(args, ours, _prompts(work, recipe, ours.tokenizer), callbacks=[clock])
     trainer.reward_model.forward = watch.of(trainer.reward_model.forward, "reward")
     with (
         mock.patch.object(trainer, "update", watch.of(trainer.update, "update")),
-        mock.patch.object(ppo_trainer, "sample_completions", watch.of(ppo_trainer.sample_completions, "generate")),
-        mock.patch.object(ppo_trainer, "response_forward", watch.of(ppo_trainer.response_forward, "reference")),
+        mock.patch.object(experience, "sample_completions", watch.of(experience.sample_completions, "generate")),
+        mock.patch.object(experience, "response_forward", watch.of(experience.response_forward, "reference")),
         mock.patch.object(
-            ppo_trainer.PolicyAndValue, "forward", watch.of(ppo_trainer.PolicyAndValue.forward, "policy and value")
+            experience.PolicyAndValue, "forward", watch.of(experience.PolicyAndValue.forward, "policy and value")
         ),
     ):
         trainer.train()

@@ -85,6 +85,26 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8)
 
 
+def token_rewards(kl: Tensor, scores: Tensor, ends: Tensor, beta: float, following: bool = False) -> Tensor:
+    """r_t = -beta KL_t, plus the score where the completion ends: eq. 2 of Ziegler et al. 2019 (arXiv 1909.08593) by tokens.
+
+    Args:
+        kl: KL_t in nats, 0 where there is no token, [batch, tokens].
+        scores: r(x, y), [batch].
+        ends: the position whose reward holds the score, [batch].
+        following: r_t holds KL_{t+1}, for a KL whose own gradient is a term of the loss: KL_t, of the state in which token t is
+            chosen, does not depend on that choice.
+
+    Returns:
+        [batch, tokens]
+    """
+    rewards = -beta * kl
+    if following:
+        rewards = torch.nn.functional.pad(rewards[:, 1:], (0, 1))
+    rewards[torch.arange(len(scores)), ends] += scores
+    return rewards
+
+
 def generalized_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16): sum_l (gamma lam)^l delta_{t+l}.
 
@@ -105,6 +125,58 @@ def generalized_advantages(rewards: Tensor, values: Tensor, gamma: float, lam: f
     return torch.stack(backwards[::-1], dim=1)
 
 
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """PPO's policy loss at each token (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimised.
+
+    -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A) with ratio = pi / pi_old. On the rollout's own policy its
+    gradient is that of -A log pi, the policy gradient.
+
+    Args:
+        log_ratio: log pi - log pi_old, 0 where there is no token, [batch, tokens].
+        advantages: [batch, tokens].
+
+    Returns:
+        the loss, and whether the clipped term is what counts, both [batch, tokens]
+    """
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.max(unclipped, clipped), clipped > unclipped
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """max((V - R)^2, (clip(V, V_old - cliprange, V_old + cliprange) - R)^2) / 2 at each token, as in TRL.
+
+    Args:
+        values, old_values, returns: V now, V at the rollout, and what V is fitted to, [batch, tokens].
+
+    Returns:
+        the loss, and whether the clipped term is what counts, both [batch, tokens]
+    """
+    near = values.clamp(old_values - cliprange, old_values + cliprange)
+    error, near_error = (values - returns).square(), (near - returns).square()
+    return 0.5 * torch.max(error, near_error), near_error > error
+
+
+def robust_smoothing(p: Tensor, e: float = 0.0) -> Tensor:
+    """The `label_smoothing` at which TRL's robust DPO loss is the expected-label one.
+
+    With z = beta (log-ratio of chosen - log-ratio of rejected), the expected-label loss is that of both orders, weighted:
+    -(1 - q) log sigmoid(z) - q log sigmoid(-z), as in cDPO (Mitchell 2023). The robust loss (arXiv 2403.00409),
+    (-(1 - s) log sigmoid(z) + s log sigmoid(-z)) / (1 - 2s), takes a share s of flipped labels out; s = -q / (1 - 2q) puts a
+    share q in.
+
+    Args:
+        p: the probability, pair by pair, that the rejected completion is the better one, [pairs].
+        e: the probability that a label is besides wrong: q = p (1 - e) + (1 - p) e.
+
+    Returns:
+        [pairs]
+    """
+    q = (p * (1 - e) + (1 - p) * e).clamp(max=0.4999)
+    return -q / (1 - 2 * q)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` where `mask` is true, 0 where it is nowhere; a scalar."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
@@ -114,3 +186,13 @@ def whitening_scale(values: Tensor, mask: Tensor) -> Tensor:
     """1 / standard deviation of `values` under `mask`, with Bessel's correction as in TRL; a scalar."""
     squares = (values - masked_mean(values, mask)).square() * mask
     return torch.rsqrt(squares.sum() / (mask.sum() - 1).clamp(min=1) + 1e-8)
+
+
+def whitened(values: Tensor, mask: Tensor, mean: Tensor, scale: Tensor, keep_mean: bool = False) -> Tensor:
+    """(values - mean) * scale where `mask` is true and 0 elsewhere, [batch, tokens]; mean and scale are scalars.
+
+    Args:
+        keep_mean: adds the mean again, as TRL does to whitened rewards.
+    """
+    centred = (values - mean) * scale
+    return (centred + mean if keep_mean else centred) * mask

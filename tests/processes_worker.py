@@ -29,7 +29,7 @@ def fixed_gradient(recipe_folder, folder):
     """The gradient of one step on RESPONSES, each process holding its share; policy away from the reference."""
     state = PartialState()
     mine = torch.arange(state.process_index, 8, state.num_processes)
-    settings = {"ppo__per_device_train_batch_size": len(mine), "ppo__num_ppo_epochs": 1, "ppo__full_kl": True}
+    settings = {"ppo__per_device_train_batch_size": len(mine), "ppo__num_ppo_epochs": 1, "ppo__kl": "full"}
     trainer = build_trainer(recipe_folder, folder, **settings)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def fixed_gradient(recipe_folder, folder):
             if "lora_B" in name or "score" in name:
                 parameter.normal_(std=0.1, generator=generator)
     queries, sampled = torch.tensor([PROMPT] * len(mine)), drawn(PROMPT, [RESPONSES[i] for i in mine])
-    with mock.patch("rlhf_recipes.algorithms.trainer.sample_completions", return_value=sampled):
+    with mock.patch("rlhf_recipes.algorithms.experience.sample_completions", return_value=sampled):
         rollout = trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["a prompt"] * len(mine)})
     seen = {}
 
@@ -45,7 +45,7 @@ def fixed_gradient(recipe_folder, folder):
         seen.update({name: p.grad.clone() for name, p in trained(trainer).items()})
 
     trainer.optimizer.zero_grad = keep
-    trainer.update(rollout, trainer.advantages(rollout, trainer.rewards(rollout)))
+    trainer.update(rollout, trainer.ppo.advantages(rollout, trainer.ppo.rewards(rollout)))
     return {name: gradient.tolist() for name, gradient in seen.items()}
 
 

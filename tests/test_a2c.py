@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.algorithms.trainer import Advantages
+from rlhf_recipes.algorithms.ppo import Advantages
 from tests.test_ppo_trainer import build_trainer, rollout_of
 from tests.test_scripts import lines, run
 
@@ -20,7 +20,9 @@ def test_the_gradient_is_the_textbooks(tiny, tmp_path):
     rows = torch.arange(2)
     parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
-    loss, stats = trainer.loss(rollout, Advantages(advantages, returns, torch.tensor(1.0)), rows, tokens, states)
+    loss, stats = trainer.ppo.loss(
+        trainer.model, rollout, Advantages(advantages, returns, torch.tensor(1.0)), rows, tokens, states
+    )
     mine = torch.autograd.grad(loss, parameters.values())
 
     output, values = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)

@@ -177,7 +177,7 @@ CONFLICTS = [
          "`watch.on_over_optimisation` rollback needs `ppo.eval_strategy` steps"),
     case("evaluation that DPO has no data for", "dpo", flags("--dpo.eval_strategy=steps"),
          "`dpo.eval_strategy` steps", "leave it out"),
-    case("KL twice in the loss", "ppo", flags("--ppo.full_kl=true", "--ppo.kl_loss=true"), "`ppo.full_kl` and `ppo.kl_loss`"),
+    case("no such place for the KL", "ppo", flags("--ppo.kl=both"), "`ppo.kl`: expected one of 'reward', 'loss', 'full'"),
     case("DPO without a leash", "dpo", flags("--objective.beta=0"), "`objective.beta` 0: DPO cannot do without the leash"),
     case("texts longer than the backbone reads", "ppo", flags("--data.max_completion_tokens=64"),
          "`data.max_prompt_tokens` 24 + `data.max_completion_tokens` 64 exceed the 64 tokens"),

@@ -390,11 +390,6 @@ def test_a_run_too_short_to_judge_has_no_findings(tiny, tmp_path):
     assert run("ppo", tiny, tmp_path)["findings"] == []
 
 
-def test_a_run_of_trls_own_loop_ends_well_too(tiny, tmp_path):
-    words = ["--ppo.loop=trl", "--ppo.value=adapter", f"--ppo.total_episodes={8 * diagnosis.LEAST_UPDATES}"]
-    assert "findings" in run("ppo", tiny, tmp_path, *words)
-
-
 def test_gold_without_an_opinion_on_one_completion_is_not_the_best(tiny, tmp_path, monkeypatch):
     folder, _, _ = watched_run(tiny, tmp_path, monkeypatch, "rollback", hacked_at=4, gold=(0.1, 0.9, None, 0.3, 0.2))
     assert [best.name for best in folder.glob("best-*")] == ["best-1"]

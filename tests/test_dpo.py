@@ -55,7 +55,7 @@ def test_the_sampled_tokens_reach_the_loss_unchanged(pairs, tiny, roles, tmp_pat
 def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tmp_path, monkeypatch, pairs):
     """The same tokens through each stage's own path; what the reference said is recorded where each asks it."""
     from rlhf_recipes.algorithms import dpo as dpo_module
-    from rlhf_recipes.algorithms import trainer
+    from rlhf_recipes.algorithms import experience
     from rlhf_recipes.evaluation import judging
 
     recipe = load_recipe(tiny)
@@ -82,7 +82,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
             sampled = Sampled(sequences, sequences != 0, torch.zeros(4, 6), ended)
             monkeypatch.setattr(module, "sample_completions", lambda *args: sampled)
 
-    for module in (trainer, dpo_module, judging):
+    for module in (experience, dpo_module, judging):
         recording(module)
     ppo = build_trainer(tiny, tmp_path)
     ppo.rollout(torch.tensor(queries), torch.tensor(queries) != 0, prompts[:])

@@ -4,6 +4,7 @@
 different. A field that a new TRL brings is in no table, and fails here until it is tried, or refused.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -272,16 +273,14 @@ ONLINE = {  # of our own loop
     "gamma": in_metrics(0.5),
     "lam": in_metrics(0.3),
     "value": in_metrics("adapter"),
-    "full_kl": in_metrics(True),
+    "kl": in_metrics("full"),
     "reward_baseline": in_metrics(True),
-    "kl_loss": in_metrics(True),
     "kl_target": in_metrics(1.0),
     "kl_horizon": in_metrics(8, kl_target=1.0),
     "target_kl": in_metrics(1e-9, num_ppo_epochs=3),
     "reference": Key("sync", metrics, along={"reference_sync_steps": 1}),
     "reference_sync_steps": in_metrics(1, reference="sync"),
     "whiten_advantages": in_metrics(False),
-    "loop": in_metrics("trl", value="adapter"),
     "eval_strategy": Key("steps", metrics, along={"eval_steps": 1}),
     "eval_steps": in_metrics(1, eval_strategy="steps", eval_steps=2),
     "eval_on_start": in_metrics(True),
@@ -417,6 +416,14 @@ def test_it_is_known_of_every_key_that_is_accepted_what_it_does(stage):
 @pytest.mark.parametrize(("stage", "name"), OF_ITS_OWN)
 def test_every_key_that_is_accepted_has_its_effect(stage, name, tiny, place, capsys):
     check(stage, name, tiny, place, capsys)
+
+
+@pytest.mark.parametrize("beside", ["reward", "full"])
+def test_the_kl_in_the_loss_is_neither_of_the_others(beside, tiny, place):
+    before = {f"ppo.{k}": v for k, v in COMMON["ppo"].items()}
+    key = in_metrics("loss")
+    other = observe("ppo", before | ({} if beside == "reward" else {"ppo.kl": beside}), place, tiny, key)
+    assert observe("ppo", before | {"ppo.kl": "loss"}, place, tiny, key) != other
 
 
 @pytest.mark.slow  # the same code of transformers' Trainer as in sft, and of our PPO
@@ -597,18 +604,47 @@ ANY = {"bool": "true", "int": "1", "float": "0.5"}
 
 
 @pytest.mark.parametrize("stage", TRAINED)
+def refusal_of(stage, name, value="x"):
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(Path("recipes/imdb"), {f"{stage}.{name}": yaml.safe_load(value)})
+    assert name in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
 def test_every_other_key_is_refused_with_the_reason(stage):
     for name, known in TRAINED[stage].fields.items():
         if name in keys_of_sections()[stage]:
             continue
-        value = ANY.get(getattr(known.type, "__name__", ""), "x")
-        with pytest.raises(RecipeError) as refusal:
-            load_recipe(Path("recipes/imdb"), {f"{stage}.{name}": yaml.safe_load(value)})
-        assert name in str(refusal.value)
+        message = refusal_of(stage, name, ANY.get(getattr(known.type, "__name__", ""), "x"))
         if name in keys.OWNER_OF:
-            assert f"belongs to `{keys.OWNER_OF[name]}`" in str(refusal.value)
+            assert f"belongs to `{keys.OWNER_OF[name]}`" in message
         else:
-            assert TRAINED[stage].refused_keys[name] in str(refusal.value)
+            assert TRAINED[stage].refused_keys[name] in message
+
+
+@pytest.mark.parametrize("stage", ["ppo", "a2c"])
+def test_what_else_trl_and_transformers_have_is_refused(stage):
+    from rlhf_recipes.algorithms.ppo_config import trl_ppo
+
+    theirs = {f.name for f in dataclasses.fields(trl_ppo.PPOConfig)} - set(keys_of_sections()[stage])
+    assert TRAINED[stage].refused_keys.keys() <= theirs | {"target_kl"}  # PPO's own
+    for name in theirs:
+        message = refusal_of(stage, name)
+        reason = keys.NO_SECRETS if keys.SECRET.search(name) else TRAINED[stage].refused_keys.get(name)
+        if name in keys.OWNER_OF:
+            assert f"belongs to `{keys.OWNER_OF[name]}`" in message
+        else:
+            assert reason in message if reason else f"unknown key `{stage}.{name}`" in message
+
+
+@pytest.mark.parametrize("stage", ["ppo", "a2c"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("full_kl", "that is `ppo.kl: full`"), ("kl_loss", "that is `ppo.kl: loss`"), ("loop", "compares with TRL's own")],
+)
+def test_keys_of_older_runs_are_answered_with_todays(stage, name, words):
+    assert words in refusal_of(stage, name, "true")
 
 
 @pytest.mark.parametrize(
@@ -628,7 +664,7 @@ def test_every_other_key_is_refused_with_the_reason(stage):
         ({"packing_strategy": "wrapped"}, {}, "`sft.packing_strategy` needs `sft.packing` true"),
         ({"packing_strategy": "bfd"}, {}, None),  # TRL's default promises nothing
         ({"dataloader_prefetch_factor": 2}, {}, "needs `sft.dataloader_num_workers` above 0"),
-        ({}, {"ppo.full_kl": True, "ppo.kl_estimator": "k3"}, "`ppo.kl_estimator` needs `ppo.full_kl` false"),
+        ({}, {"ppo.kl": "full", "ppo.kl_estimator": "k3"}, "`ppo.kl_estimator` needs `ppo.kl` reward or loss"),
     ],
 )
 def test_a_key_without_effect_beside_the_others(file, overrides, message, tmp_path):

@@ -131,7 +131,7 @@ def test_a_python_reward_is_enumerated_with_its_prompt(lab):
     ("stage", "beta", "keys"),
     [(stage, beta, {}) for stage in ("ppo", "a2c", "dpo") for beta in (0.5, 1.0)]
     + [(stage, 0.5, PYTHON) for stage in ("ppo", "dpo")]
-    + [("ppo", 0.5, {"ppo.kl_loss": True}), ("ppo", 0.5, {"ppo.kl_loss": True, "ppo.kl_estimator": "k3"})],
+    + [("ppo", 0.5, {"ppo.kl": "loss"}), ("ppo", 0.5, {"ppo.kl": "loss", "ppo.kl_estimator": "k3"})],
 )
 def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     """Exact KL(pi || pi*) at least 20 times smaller than the reference's, J at least 0.97 of the way to J*.
@@ -139,7 +139,7 @@ def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     With the KL in the loss, from sampled tokens, less: near the optimum reward and KL cancel in the reward, and only there.
     """
     _, _, prompts = lab
-    times, fraction = (15, 0.93) if "ppo.kl_loss" in keys else (20, 0.97)
+    times, fraction = (15, 0.93) if "ppo.kl" in keys else (20, 0.97)
     run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
     recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
     roles = build_roles(recipe, load_tokenizer(recipe))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlhf_recipes.algorithms.trainer import Advantages
+from rlhf_recipes.algorithms.ppo import Advantages
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.objective import adapted_beta, correlation, explained_variance, token_kl, weighted_token_kl
 from rlhf_recipes.optimum import kl_divergence
@@ -135,14 +135,14 @@ def test_beta_follows_the_kl_and_every_update_pays_its_own(tiny, tmp_path):
     trainer = build_trainer(
         tiny, tmp_path, ppo__kl_target=0.02, ppo__kl_horizon=8, ppo__total_episodes=48, ppo__learning_rate=1e-2
     )
-    paid, rewards = [], trainer.rewards
+    paid, rewards = [], trainer.ppo.rewards
 
     def record(rollout):
         charged = rewards(rollout)
         paid.append([x.double().sum().item() for x in (charged, rollout.scores.total, rollout.kl)])
         return charged
 
-    trainer.rewards = record
+    trainer.ppo.rewards = record
     trainer.train()
     logs, beta = logs_of(trainer), 0.05  # objective.beta
     assert len(logs) == 6
@@ -153,7 +153,7 @@ def test_beta_follows_the_kl_and_every_update_pays_its_own(tiny, tmp_path):
         assert log["objective/non_score_reward"] == pytest.approx(-beta * log["objective/kl"], rel=1e-5)
         assert log["objective/rlhf_reward"] == pytest.approx(log["objective/scores"] - beta * log["objective/kl"], rel=1e-5)
         beta = adapted_beta(beta, log["objective/kl"], 0.02, episodes=8, horizon=8)
-    assert trainer.kl_coef == beta
+    assert trainer.leash.beta == beta
     steps = np.diff([log["objective/kl_coef"] for log in logs])
     assert (steps < 0).any() and (steps > 0).any()
 
@@ -173,7 +173,7 @@ def updated(tiny, tmp_path, **settings):
     query = trainer.processing_class("the film")["input_ids"]
     rollout = rollout_of(trainer, query, [[5 + i] * (1 + i % 6) + [0] * (5 - i % 6) for i in range(8)])
     np.random.seed(0)
-    return trainer.update(rollout, trainer.advantages(rollout, trainer.rewards(rollout)))
+    return trainer.update(rollout, trainer.ppo.advantages(rollout, trainer.ppo.rewards(rollout)))
 
 
 def test_an_update_stops_after_the_epoch_that_went_too_far(tiny, tmp_path):
@@ -204,7 +204,7 @@ def test_step_kl_is_over_the_tokens_alone(tiny, tmp_path):
     rollout = rollout_of(trainer, trainer.processing_class("the film")["input_ids"], RESPONSES)
     move(trainer.roles.policy, seed=2)
     nothing = Advantages(torch.zeros(2, 6), rollout.values, torch.tensor(1.0))
-    _, stats = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    _, stats = trainer.ppo.loss(trainer.model, rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
     output, _ = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     differences = [(output.logprobs - rollout.logprobs)[i, t].item() for i, n in ((0, 6), (1, 2)) for t in range(n)]
     assert stats["policy/step_kl"].item() == pytest.approx(sum(d * d / 2 for d in differences) / 8, rel=1e-4)
@@ -216,19 +216,19 @@ def test_step_kl_is_over_the_tokens_alone(tiny, tmp_path):
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_loss_charges_the_next_tokens_kl_and_puts_its_gradient_into_the_loss(tiny, tmp_path, estimator):
     trainer = build_trainer(
-        tiny, tmp_path, ppo__kl_loss=True, ppo__kl_estimator=estimator, ppo__whiten_advantages=False, ppo__vf_coef=0.0
+        tiny, tmp_path, ppo__kl="loss", ppo__kl_estimator=estimator, ppo__whiten_advantages=False, ppo__vf_coef=0.0
     )
     policy = trainer.roles.policy
     move(policy, seed=2)
     rollout = rollout_of(trainer, trainer.processing_class("the film")["input_ids"], RESPONSES)
     assert rollout.kl[rollout.mask].abs().min() > 1e-4
     torch.testing.assert_close(rollout.kl, token_kl(rollout.logprobs, rollout.reference_logprobs, estimator) * rollout.mask)
-    rewards = trainer.rewards(rollout)
+    rewards = trainer.ppo.rewards(rollout)
     torch.testing.assert_close(rewards, rewards_of_the_next_kl(rollout))
 
     move(policy, seed=3)  # the policy has moved since the rollout: the ratio counts
     stretched = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(2.5))  # by whitening
-    loss, _ = trainer.loss(rollout, stretched, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    loss, _ = trainer.ppo.loss(trainer.model, rollout, stretched, torch.arange(2), torch.tensor(8), torch.tensor(9))
     output, _ = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     terms = []
     for i, length in enumerate([6, 2]):
@@ -241,8 +241,8 @@ def test_kl_loss_charges_the_next_tokens_kl_and_puts_its_gradient_into_the_loss(
     parameters = [p for p in policy.parameters() if p.requires_grad]
     for mine, plain in zip(*(torch.autograd.grad(x, parameters) for x in (loss, written_out)), strict=True):
         torch.testing.assert_close(mine, plain, atol=1e-6, rtol=1e-4)
-    trainer.kl_coef = 0.1  # the beta that adapts, not the recipe's
-    twice, _ = trainer.loss(rollout, stretched, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    trainer.leash.beta = 0.1  # the beta that adapts, not the recipe's
+    twice, _ = trainer.ppo.loss(trainer.model, rollout, stretched, torch.arange(2), torch.tensor(8), torch.tensor(9))
     assert twice.item() == pytest.approx(2 * loss.item(), rel=1e-4)
 
 
@@ -260,13 +260,13 @@ def test_a_synced_reference_follows_every_few_updates_and_then_stays(tiny, tmp_p
     class Compare(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             policies.append(logprobs_by(trainer, trainer.roles.policy))
-            references.append(logprobs_by(trainer, trainer.ref_model))
+            references.append(logprobs_by(trainer, trainer.leash.reference))
 
     trainer = build_trainer(
         tiny, tmp_path, ppo__reference="sync", ppo__reference_sync_steps=2, ppo__total_episodes=48, ppo__learning_rate=1e-2
     )
     backbone = logprobs_by(trainer, trainer.roles.reference)
-    references, policies = [logprobs_by(trainer, trainer.ref_model)], [logprobs_by(trainer, trainer.roles.policy)]
+    references, policies = [logprobs_by(trainer, trainer.leash.reference)], [logprobs_by(trainer, trainer.roles.policy)]
     assert torch.equal(references[0], backbone)
     trainer.add_callback(Compare())
     trainer.train()
@@ -283,9 +283,9 @@ def test_a_synced_reference_that_speaks_leaves_the_policy_alone(tiny, tmp_path):
     policy = trainer.roles.policy
     move(policy, seed=2)
     before, where = adapter_of(policy), {name: p.data_ptr() for name, p in policy.named_parameters()}
-    then = logprobs_by(trainer, trainer.ref_model)
+    then = logprobs_by(trainer, trainer.leash.reference)
     assert not torch.equal(then, logprobs_by(trainer, policy))
-    with pytest.raises(ZeroDivisionError), trainer.ref_model.speaking():
+    with pytest.raises(ZeroDivisionError), trainer.leash.reference.speaking():
         _ = 1 / 0
     assert {name: p.data_ptr() for name, p in policy.named_parameters()} == where
     assert all(torch.equal(value, before[name]) for name, value in adapter_of(policy).items())
@@ -297,7 +297,7 @@ def test_the_kl_falls_to_nothing_at_a_sync(tiny, tmp_path):
     query = trainer.processing_class("the film")["input_ids"]
     move(trainer.roles.policy, seed=2)
     far = rollout_of(trainer, query, RESPONSES)
-    trainer.ref_model.sync()
+    trainer.leash.reference.sync()
     near = rollout_of(trainer, query, RESPONSES)
     assert (far.kl[far.mask].abs() > 1e-3).all()
     assert (near.kl == 0).all()
@@ -309,7 +309,7 @@ def test_a_frozen_reference_is_the_backbone_however_far_the_policy_goes(tiny, tm
     trainer = build_trainer(tiny, tmp_path)
     backbone = logprobs_by(trainer, trainer.roles.policy)
     trainer.train()
-    assert torch.equal(logprobs_by(trainer, trainer.ref_model), backbone)
+    assert torch.equal(logprobs_by(trainer, trainer.leash.reference), backbone)
     assert logs_of(trainer)[1]["objective/kl"] != 0
 
 
@@ -337,9 +337,8 @@ HELD_OUT = ["--ppo.eval_strategy=steps", "--ppo.eval_steps=1"]
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--ppo.full_kl=true", "--ppo.kl_loss=true"], ["`ppo.full_kl`", "`ppo.kl_loss`"]),
         (["--ppo.reference=none"], ["`ppo.reference` none", "--objective.beta=0"]),
-        (["--ppo.reference=none", "--objective.beta=0", "--ppo.kl_loss=true"], ["`ppo.reference` none", "kl_loss"]),
+        (["--ppo.reference=none", "--objective.beta=0", "--ppo.kl=loss"], ["`ppo.reference` none", "--ppo.kl=reward"]),
         (["--ppo.kl_target=5", "--objective.beta=0"], ["`ppo.kl_target`", "`objective.beta`"]),
         (["--ppo.kl_target=0"], ["`ppo.kl_target`"]),
         (["--ppo.target_kl=0"], ["`ppo.target_kl`"]),
@@ -352,7 +351,6 @@ HELD_OUT = ["--ppo.eval_strategy=steps", "--ppo.eval_steps=1"]
             ["--watch.on_over_optimisation=rollback", "--ppo.metric_for_best_model=objective", *HELD_OUT],
             ["`watch.on_over_optimisation` rollback", "`ppo.metric_for_best_model`"],
         ),
-        (["--ppo.loop=trl", "--ppo.value=adapter", "--ppo.reference=sync"], ["`ppo.loop` trl", "--ppo.reference=frozen"]),
     ],
 )
 def test_a_leash_that_cannot_hold_is_refused(tiny, tmp_path, capsys, words, named):
@@ -369,8 +367,8 @@ def test_the_leashes_that_hold_are_not_refused(tiny, tmp_path):
     for words in (
         ["--ppo.kl_target=5", "--ppo.kl_horizon=8"],
         ["--ppo.kl_target=5"],
-        ["--ppo.target_kl=0.02", "--ppo.kl_loss=true"],
-        ["--ppo.reference=sync", "--ppo.full_kl=true"],
+        ["--ppo.target_kl=0.02", "--ppo.kl=loss"],
+        ["--ppo.reference=sync", "--ppo.kl=full"],
         ["--ppo.reference=none", "--objective.beta=0"],
         ["--watch.on_over_optimisation=rollback", *HELD_OUT],
         ["--watch.on_over_optimisation=rollback", "--ppo.metric_for_best_model=gold", *HELD_OUT],

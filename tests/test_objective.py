@@ -5,8 +5,18 @@ import itertools
 import pytest
 import torch
 
-from rlhf_recipes.algorithms.trainer import trl_ppo_trainer
-from rlhf_recipes.objective import generalized_advantages, masked_mean, token_kl, whitening_scale
+from rlhf_recipes.algorithms.ppo_config import trl_ppo_trainer
+from rlhf_recipes.objective import (
+    clipped_surrogate,
+    clipped_value_loss,
+    generalized_advantages,
+    masked_mean,
+    robust_smoothing,
+    token_kl,
+    token_rewards,
+    whitened,
+    whitening_scale,
+)
 from rlhf_recipes.optimum import (
     best_of_n_kl,
     best_of_n_weights,
@@ -51,8 +61,42 @@ def test_whitening_is_trls():
     values, mask = torch.randn(4, 6), torch.rand(4, 6) > 0.3
     mean, scale = masked_mean(values, mask), whitening_scale(values, mask)
     for shift in (True, False):
-        white = (values - mean) * scale + (0 if shift else mean)
-        torch.testing.assert_close(white, trl_ppo_trainer.masked_whiten(values, mask, shift))
+        white = whitened(values, mask, mean, scale, keep_mean=not shift)
+        torch.testing.assert_close(white, trl_ppo_trainer.masked_whiten(values, mask, shift) * mask)
+
+
+def test_the_robust_loss_of_this_smoothing_is_the_expected_label_one():
+    z, p, e = torch.linspace(-3, 3, 7), torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.25, 0.45]), 0.1
+    q, s = p * (1 - e) + (1 - p) * e, robust_smoothing(p, e)
+    chosen, rejected = -torch.nn.functional.logsigmoid(z), -torch.nn.functional.logsigmoid(-z)
+    torch.testing.assert_close(((1 - s) * chosen - s * rejected) / (1 - 2 * s), (1 - q) * chosen + q * rejected)
+
+
+# --- PPO's two losses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [(1.5, 2.0, -2.4, True), (0.5, 2.0, -1.0, False), (0.5, -2.0, 1.6, True), (1.5, -2.0, 3.0, False), (1.1, 2.0, -2.2, False)],
+)
+def test_the_clipped_surrogate_takes_the_worse_of_the_two(ratio, advantage, loss, clipped):
+    losses, is_clipped = clipped_surrogate(torch.tensor([[ratio]]).log(), torch.tensor([[advantage]]), 0.2)
+    assert losses.item() == pytest.approx(loss)
+    assert is_clipped.item() is clipped
+
+
+def test_the_clipped_value_loss_takes_the_worse_of_the_two():
+    values, returns = torch.tensor([[1.5, 0.5, 1.1]]), torch.tensor([[2.0, 0.0, 0.0]])
+    losses, clipped = clipped_value_loss(values, torch.ones(1, 3), returns, 0.2)
+    torch.testing.assert_close(losses, torch.tensor([[0.8**2 / 2, 0.8**2 / 2, 1.1**2 / 2]]))
+    assert clipped.tolist() == [[True, True, False]]
+
+
+def test_rewards_are_the_kl_of_each_token_and_the_score_at_the_end():
+    kl, scores, ends = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), torch.tensor([10.0, 20.0]), torch.tensor([2, 1])
+    torch.testing.assert_close(token_rewards(kl, scores, ends, 0.5), torch.tensor([[-0.5, -1.0, 8.5], [-2.0, 20.0, 0.0]]))
+    following = token_rewards(kl, scores, ends, 0.5, following=True)
+    torch.testing.assert_close(following, torch.tensor([[-1.0, -1.5, 10.0], [0.0, 20.0, 0.0]]))
 
 
 # --- the optimum, on a space small enough to enumerate ---------------------------------------------------------------

@@ -13,7 +13,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from rlhf_recipes.algorithms.trainer import PPOConfig, PPOTrainer, ppo_fields, trl_ppo, trl_ppo_trainer
+from rlhf_recipes.algorithms.ppo_config import PPOConfig, ppo_fields, trl_ppo, trl_ppo_trainer
+from rlhf_recipes.algorithms.trainer import PPOTrainer
 from rlhf_recipes.algorithms.trl_config import stage_config
 from rlhf_recipes.data.tokenizer import Ends, load_tokenizer
 from rlhf_recipes.models.adapters import lora_config
@@ -124,12 +125,40 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
         assert not apart, f"update {step}"
 
 
+class StockReward(nn.Module):
+    """Our reward adapter as TRL's own loop reads a reward model: a sequence classifier that scores every position."""
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, adapter):
+        super().__init__()
+        self.prefix_scores = adapter.prefix_scores
+
+    def trunk(self, input_ids, attention_mask, **kwargs):
+        return types.SimpleNamespace(hidden_states=[self.prefix_scores(input_ids, attention_mask)])
+
+    def score(self, scores):
+        return scores.unsqueeze(-1)
+
+
+def stock_trainer(args, roles, prompts, callbacks):
+    """TRL's own loop on our roles: reference, value adapter and reward adapter on the shared backbone, read by TRL's code."""
+    roles.value.base_model_prefix = "trunk"  # where it looks for the value model's trunk
+    ids = prompts.select_columns(["input_ids"])
+    return trl_ppo.PPOTrainer(
+        args=args, processing_class=roles.tokenizer, model=roles.policy, ref_model=roles.reference,
+        reward_model=StockReward(roles.reward.adapter), value_model=roles.value, train_dataset=ids, eval_dataset=ids,
+        data_collator=DataCollatorWithPadding(roles.tokenizer), callbacks=callbacks,
+    )  # fmt: skip
+
+
 def test_trls_own_loop_on_our_roles_gives_the_same_metrics(tiny, tmp_path):
-    """`ppo.loop: trl`: reference, value adapter and reward adapter on the shared backbone, read by TRL's code."""
     logs = {}
-    for loop in ("trl", "lean"):
-        overrides = {"ppo.loop": loop, "ppo.value": "adapter", "ppo.total_episodes": 24, "ppo.learning_rate": 3e-3}
-        recipe = load_recipe(tiny, overrides)
+    for loop, trainer_of in (("trl", stock_trainer), ("ours", PPOTrainer)):
+        recipe = load_recipe(
+            tiny,
+            {"ppo.value": "adapter", "ppo.total_episodes": 24, "ppo.learning_rate": 3e-3, "ppo.save_strategy": "no"},
+        )
         tokenizer = load_tokenizer(recipe)
         texts = ["the film was"[: 1 + i % 12] for i in range(24)]
         prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
@@ -141,15 +170,15 @@ def test_trls_own_loop_on_our_roles_gives_the_same_metrics(tiny, tmp_path):
                     parameter.normal_(std=0.1)
         recorder = Recorder()
         args = stage_config(PPOConfig, recipe, "ppo", tmp_path, **ppo_fields(recipe, "ppo"))
-        trainer = PPOTrainer(args, roles, prompts, callbacks=[recorder])
+        trainer = trainer_of(args, roles, prompts, callbacks=[recorder])
         np.random.seed(0)
         with mock.patch("rlhf_recipes.rollouts.lean.sample_tokens", as_generate_does):
             trainer.train()
         logs[loop] = recorder.logs
-        trainer.save_model(tmp_path / loop)
-        assert (tmp_path / loop / "value.safetensors").is_file()
-    assert len(logs["trl"]) == len(logs["lean"]) == 3
-    for mine, theirs in zip(logs["lean"], logs["trl"], strict=True):
+    trainer.save_model(tmp_path / "ours")
+    assert (tmp_path / "ours" / "value.safetensors").is_file()
+    assert len(logs["trl"]) == len(logs["ours"]) == 3
+    for mine, theirs in zip(logs["ours"], logs["trl"], strict=True):
         for name in theirs.keys() - OURS_ONLY:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    assert logs["lean"][-1]["objective/kl"] > 1e-3
+    assert logs["ours"][-1]["objective/kl"] > 1e-3

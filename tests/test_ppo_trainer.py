@@ -5,7 +5,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from rlhf_recipes.algorithms.trainer import Advantages, PPOConfig, PPOTrainer, ppo_fields
+from rlhf_recipes.algorithms.ppo import Advantages
+from rlhf_recipes.algorithms.ppo_config import PPOConfig, ppo_fields
+from rlhf_recipes.algorithms.trainer import PPOTrainer
 from rlhf_recipes.algorithms.trl_config import stage_config
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
@@ -46,17 +48,17 @@ def rewards_of_the_next_kl(rollout, beta=0.05):
 
 
 def test_full_kl_belongs_to_the_state_and_not_to_the_token(tiny, tmp_path):
-    trainer = build_trainer(tiny, tmp_path, ppo__full_kl=True, ppo__whiten_advantages=False)
+    trainer = build_trainer(tiny, tmp_path, ppo__kl="full", ppo__whiten_advantages=False)
     for name, p in trainer.roles.policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(2))
     query = trainer.processing_class("the film")["input_ids"]
     rollout = rollout_of(trainer, query, [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0]])
     assert (rollout.kl[rollout.mask] > 1e-4).all()
-    rewards = trainer.rewards(rollout)
+    rewards = trainer.ppo.rewards(rollout)
     torch.testing.assert_close(rewards, rewards_of_the_next_kl(rollout))
     nothing = Advantages(torch.zeros_like(rewards), rollout.values, torch.tensor(1.0))
-    loss, _ = trainer.loss(rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    loss, _ = trainer.ppo.loss(trainer.model, rollout, nothing, torch.arange(2), torch.tensor(8), torch.tensor(9))
     assert loss.item() == pytest.approx(0.05 * rollout.kl.sum().item() / 8, rel=1e-4)
 
 
@@ -70,8 +72,8 @@ def test_the_reward_of_the_text_so_far_is_part_of_the_value(tiny, tmp_path):
         for t in range(length):
             prefix = rollout.query_responses[row : row + 1, : len(query) + t]
             torch.testing.assert_close(rollout.values[row, t], reward(prefix)[0], atol=1e-5, rtol=1e-4)
-    advantages = trainer.advantages(rollout, trainer.rewards(rollout))
-    _, stats = trainer.loss(rollout, advantages, torch.arange(2), torch.tensor(8), torch.tensor(9))
+    advantages = trainer.ppo.advantages(rollout, trainer.ppo.rewards(rollout))
+    _, stats = trainer.ppo.loss(trainer.model, rollout, advantages, torch.arange(2), torch.tensor(8), torch.tensor(9))
     returns = (advantages.returns - rollout.values)[rollout.value_mask]
     assert stats["loss/value_avg"].item() == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-4)
     # lambda 0: a token is worth what it adds to the score (no KL yet at the start), and the steps add up to r - r(prompt)
@@ -106,7 +108,7 @@ def test_rewards_put_the_score_after_the_last_token_and_the_kl_on_every_token(ti
     assert tokenizer.pad_token_id == 0
     rollout = rollout_of(trainer, query, responses)
     assert rollout.mask.sum(1).tolist() == [6, 3, 1]  # eos belongs to the response
-    rewards = trainer.rewards(rollout)
+    rewards = trainer.ppo.rewards(rollout)
     expected = -0.05 * rollout.kl * rollout.mask
     for row, last in enumerate([5, 3, 1]):
         expected[row, last] += rollout.scores.total[row]
@@ -114,7 +116,7 @@ def test_rewards_put_the_score_after_the_last_token_and_the_kl_on_every_token(ti
     assert (rewards[~rollout.value_mask] == 0).all()
 
     trainer.roles.reward.missing_eos_penalty = 3.0
-    penalised = trainer.rewards(rollout_of(trainer, query, responses))
+    penalised = trainer.ppo.rewards(rollout_of(trainer, query, responses))
     torch.testing.assert_close((rewards - penalised).sum(1), torch.tensor([3.0, 0.0, 0.0]))
 
 
@@ -123,7 +125,7 @@ def rollout_of(trainer, query, responses):
     from unittest import mock
 
     queries = torch.tensor([query] * len(responses))
-    with mock.patch("rlhf_recipes.algorithms.trainer.sample_completions", return_value=drawn(query, responses)):
+    with mock.patch("rlhf_recipes.algorithms.experience.sample_completions", return_value=drawn(query, responses)):
         return trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["the film"] * len(responses)})
 
 
@@ -144,7 +146,7 @@ def test_loss_is_the_papers(tiny, tmp_path):
     for name, p in trainer.roles.policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(2))
-    loss, stats = trainer.loss(rollout, judged, torch.tensor([0, 1]), torch.tensor(8), torch.tensor(9))
+    loss, stats = trainer.ppo.loss(trainer.model, rollout, judged, torch.tensor([0, 1]), torch.tensor(8), torch.tensor(9))
     output, values = trainer.model(rollout.query_responses, rollout.attention, rollout.context_length, 1.0)
     policy_loss, value_loss, clipped = 0.0, 0.0, 0
     for i, length in enumerate([6, 2]):  # tokens; the second response ends and so has a state after its last token
@@ -173,7 +175,7 @@ def test_gradient_accumulation_equals_the_large_batch(tiny, tmp_path):
         )  # fmt: skip
         query = trainer.processing_class("the film")["input_ids"]
         rollout = rollout_of(trainer, query, [[5 + i] * (1 + i % 6) + [0] * (5 - i % 6) for i in range(8)])
-        advantages = trainer.advantages(rollout, trainer.rewards(rollout))
+        advantages = trainer.ppo.advantages(rollout, trainer.ppo.rewards(rollout))
         seen = {}
         trainer.optimizer.zero_grad = lambda *a, trainer=trainer, seen=seen: seen.update(
             {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}

@@ -168,9 +168,9 @@ def test_a_grid_goes_through_what_wandbs_goes_through(spec, values, write):
 def test_constants_and_lists_are_passed_as_wandb_passes_them(write):
     sweep = write(parameters={"lora.target_modules": {"values": [["q_proj", "v_proj"], "all-linear"]}, "lora.r": {"value": 2}})
     assert sweep.fixed == {"lora.r": 2}
-    flags = write(parameters={"ppo.full_kl": {"values": [True, False]}, "ppo.target_kl": {"value": "null"}})
+    flags = write(parameters={"ppo.kl": {"values": ["full", "reward"]}, "ppo.target_kl": {"value": "null"}})
     assert [flags.recipe_of(point, 0).stages["ppo"] for point in flags.grid()] == [
-        flags.recipe.stages["ppo"] | {"full_kl": full, "target_kl": None} for full in (True, False)
+        flags.recipe.stages["ppo"] | {"kl": kl, "target_kl": None} for kl in ("full", "reward")
     ]
     recipes = [sweep.recipe_of(point, 0) for point in sweep.grid()]
     assert [recipe.lora.target_modules for recipe in recipes] == [["q_proj", "v_proj"], "all-linear"]

@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf_recipes.algorithms.trl_config import DPOConfig, balances_experts
 from rlhf_recipes.data.tokens import join_padded
+from rlhf_recipes.objective import robust_smoothing
 from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError, StoppedError
 from rlhf_recipes.recipe.sections import Recipe
@@ -140,19 +141,15 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
         self._signature_columns = list({*self._signature_columns, "label_smoothing", "length"})
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; with p = `label_smoothing` that of both orders: -(1 - p) log sigmoid(z) - p log sigmoid(-z).
+        """TRL's loss; of pairs with a `label_smoothing` that of both orders, each weighted by its probability.
 
-        That is cDPO (Mitchell 2023). A pair has its own p where `preferences.label` is expected; labels that are besides wrong
-        with probability e = `dpo.label_smoothing` make it p (1 - e) + (1 - p) e.
-        TRL's sigmoid loss knows no smoothing. Its robust loss (arXiv 2403.00409) takes a share e of flipped labels out, by
-        ((1 - e) * -log sigmoid(z) - e * -log sigmoid(-z)) / (1 - 2e); e = -p / (1 - 2p) puts them in.
+        A pair has its own where `preferences.label` is expected. TRL's sigmoid loss knows none; its robust loss does what is
+        needed (objective.robust_smoothing).
         """
         p = inputs.pop("label_smoothing")
         if self.smoothed:
-            e = self.args.label_smoothing
-            p = (p * (1 - e) + (1 - p) * e).clamp(max=0.4999)
             self.loss_types = ["robust" if loss == "sigmoid" else loss for loss in self.args.loss_type]
-            self.label_smoothing = -p / (1 - 2 * p)
+            self.label_smoothing = robust_smoothing(p, self.args.label_smoothing)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.unchecked:
             self.unchecked = False

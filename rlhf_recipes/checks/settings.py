@@ -3,6 +3,7 @@
 from typing import Any
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest
+from rlhf_recipes.recipe.online_settings import PPOSettings, online_settings
 from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.recipe.stages import Stage
 
@@ -54,7 +55,7 @@ def check_settings(recipe: Recipe, stage: Stage, section: dict[str, Any]) -> Non
             f"for TRL while it trains; leave it out"
         )
     if stage.online:
-        check_online(recipe, name, section)
+        check_online(recipe, name)
     if stage.sampled_pairs:
         check_dpo(recipe)
 
@@ -120,107 +121,78 @@ def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:
         )
 
 
-def check_online(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
-    per_device = section.get("per_device_train_batch_size", 8)
-    local = per_device * section.get("gradient_accumulation_steps", 1)
-    minibatches = section.get("num_mini_batches", 1)
-    if local % minibatches:
+def check_online(recipe: Recipe, stage: str) -> None:
+    settings = online_settings(stage, recipe.stages[stage])
+    episodes = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    if episodes % settings.num_mini_batches:
         raise RecipeError(
-            f"`{stage}.num_mini_batches` {minibatches} does not divide the {local} episodes of a process "
+            f"`{stage}.num_mini_batches` {settings.num_mini_batches} does not divide the {episodes} episodes of a process "
             f"(per_device_train_batch_size x gradient_accumulation_steps)"
         )
-    _check_held_out(recipe, stage, section)
-    if section.get("reward_baseline") and not any(term.adapter for term in recipe.reward.all_terms()):
+    _check_held_out(recipe, stage, settings)
+    if settings.reward_baseline and not any(term.adapter for term in recipe.reward.all_terms()):
         raise RecipeError(
             f"`{stage}.reward_baseline` reads unfinished text, which a reward adapter can; `reward` has none: give "
             f"--{stage}.reward_baseline=false"
         )
-    if section.get("save_strategy") not in (None, "no", "steps"):
+    if settings.save_strategy not in ("no", "steps"):
         raise RecipeError(
-            f"`{stage}.save_strategy` {section['save_strategy']}: PPO counts updates, not epochs; use steps or no. The best is "
+            f"`{stage}.save_strategy` {settings.save_strategy}: PPO counts updates, not epochs; use steps or no. The best is "
             f"kept by `{stage}.metric_for_best_model`"
         )
-    if section.get("save_steps", 1) < 1 or section.get("save_steps", 1) % 1:
-        raise RecipeError(f"`{stage}.save_steps`: expected a whole number of updates, got {section['save_steps']}")
-    if section.get("loop") == "trl":
-        _check_trl_loop(recipe, stage, section)
-    check_leash(recipe, stage, section, local)
-    if section.get("whiten_rewards"):
-        if local // minibatches < 8:
-            raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {local // minibatches}")
-        for key in ("full_kl", "kl_loss", "reward_baseline"):
-            if section.get(key):
+    if settings.save_steps < 1 or settings.save_steps % 1:
+        raise RecipeError(f"`{stage}.save_steps`: expected a whole number of updates, got {settings.save_steps}")
+    _check_leash(recipe.objective.beta, stage, settings, episodes)
+    if settings.whiten_rewards:
+        minibatch = episodes // settings.num_mini_batches
+        if minibatch < 8:
+            raise RecipeError(f"`{stage}.whiten_rewards` needs minibatches of at least 8 episodes, not {minibatch}")
+        for key, in_use in (("kl", settings.kl != "reward"), ("reward_baseline", settings.reward_baseline)):
+            if in_use:
                 raise RecipeError(
-                    f"`{stage}.{key}` is in units of the reward, which `{stage}.whiten_rewards` changes; drop one"
+                    f"`{stage}.{key}` {getattr(settings, key)} is in units of the reward, which `{stage}.whiten_rewards` "
+                    f"changes; drop one"
                 )
 
 
-def check_leash(recipe: Recipe, stage: str, section: dict[str, Any], episodes: int) -> None:
+def _check_leash(beta: float, stage: str, settings: PPOSettings, episodes: int) -> None:
     """How the KL is charged, and to whom."""
-    beta, target = recipe.objective.beta, section.get("kl_target")
-    if section.get("full_kl") and section.get("kl_loss"):
-        raise RecipeError(f"`{stage}.full_kl` and `{stage}.kl_loss` are two ways to put the KL into the loss; give one of them")
-    for key in ("kl_target", "target_kl"):
-        if section.get(key) is not None and section[key] <= 0:
-            raise RecipeError(f"`{stage}.{key}`: expected more than 0 nats, got {section[key]}")
-    if target is not None and beta == 0:
+    for key, nats in (("kl_target", settings.kl_target), ("target_kl", settings.target_kl)):
+        if nats is not None and nats <= 0:
+            raise RecipeError(f"`{stage}.{key}`: expected more than 0 nats, got {nats}")
+    if settings.kl_target is not None and beta == 0:
         raise RecipeError(f"`{stage}.kl_target` multiplies `objective.beta`, which is 0; start from a small one such as 0.01")
-    if target is not None and section.get("kl_horizon", 10000) < episodes:
+    if settings.kl_target is not None and settings.kl_horizon < episodes:
         raise RecipeError(
-            f"`{stage}.kl_horizon` {section.get('kl_horizon', 10000)}: beta would jump; expected at least the {episodes} "
-            f"episodes of one update"
+            f"`{stage}.kl_horizon` {settings.kl_horizon}: beta would jump; expected at least the {episodes} episodes of one "
+            f"update"
         )
-    if section.get("reference") == "none" and (beta != 0 or section.get("full_kl") or section.get("kl_loss")):
+    if settings.reference == "none" and (beta != 0 or settings.kl != "reward"):
         raise RecipeError(
             f"`{stage}.reference` none: without a reference there is no KL to charge; say so with --objective.beta=0 and "
-            f"without full_kl and kl_loss, or keep the reference"
+            f"--{stage}.kl=reward, or keep the reference"
         )
 
 
-def _check_held_out(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
+def _check_held_out(recipe: Recipe, stage: str, settings: PPOSettings) -> None:
     """Evaluation during training, and what is kept by it."""
-    if section.get("eval_strategy") not in (None, "no", "steps"):
-        raise RecipeError(
-            f"`{stage}.eval_strategy` {section['eval_strategy']}: PPO counts updates, not epochs; use steps or no"
-        )
-    evaluates = section.get("eval_strategy") == "steps"
+    if settings.eval_strategy not in ("no", "steps"):
+        raise RecipeError(f"`{stage}.eval_strategy` {settings.eval_strategy}: PPO counts updates, not epochs; use steps or no")
+    evaluates, best = settings.eval_strategy == "steps", settings.metric_for_best_model
     action = recipe.watch.on_over_optimisation
     if action != "warn" and not evaluates:
         raise RecipeError(f"`watch.on_over_optimisation` {action} needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
-    if action == "rollback" and section.get("metric_for_best_model", "gold") != "gold":
+    if action == "rollback" and best not in (None, "gold"):
         raise RecipeError(
             f"`watch.on_over_optimisation` rollback ends with the best policy by gold, and `{stage}.metric_for_best_model` "
-            f"says {section['metric_for_best_model']}; leave that out"
+            f"says {best}; leave that out"
         )
-    if evaluates and (section.get("eval_steps") is None or section["eval_steps"] < 1 or section["eval_steps"] % 1):
-        raise RecipeError(f"`{stage}.eval_steps`: expected a whole number of updates, got {section.get('eval_steps')}")
-    best = section.get("metric_for_best_model")
+    if evaluates and (settings.eval_steps is None or settings.eval_steps < 1 or settings.eval_steps % 1):
+        raise RecipeError(f"`{stage}.eval_steps`: expected a whole number of updates, got {settings.eval_steps}")
     if best is not None and best not in BEST_BY:
         raise RecipeError(f"`{stage}.metric_for_best_model`: {best!r} is none of {', '.join(BEST_BY)}{nearest(best, BEST_BY)}")
-    for key in ("metric_for_best_model", "load_best_model_at_end"):
-        if section.get(key) and not evaluates:
+    for key, value in (("metric_for_best_model", best), ("load_best_model_at_end", settings.load_best_model_at_end)):
+        if value and not evaluates:
             raise RecipeError(f"`{stage}.{key}` needs `{stage}.eval_strategy` steps and `{stage}.eval_steps`")
-    if section.get("load_best_model_at_end") and best is None:
+    if settings.load_best_model_at_end and best is None:
         raise RecipeError(f"`{stage}.load_best_model_at_end` needs `{stage}.metric_for_best_model`, such as objective")
-
-
-def _check_trl_loop(recipe: Recipe, stage: str, section: dict[str, Any]) -> None:
-    """TRL's own loop would accept and ignore what it does not know."""
-    reward, (term, *others) = recipe.reward, recipe.reward.all_terms()
-    if recipe.run.resume is not None:
-        raise RecipeError(f"--resume: TRL's own loop (`{stage}.loop` trl) writes no checkpoints")
-    if others or not term.adapter or term.weight != 1 or reward.normalize or reward.clip or reward.length_penalty:
-        raise RecipeError(
-            f"`{stage}.loop` trl: TRL's own loop knows one reward model and `reward.missing_eos_penalty` alone; give one "
-            f"`reward.adapter`, without weight, normalize, clip and length_penalty"
-        )
-    off = {
-        "full_kl": False, "reward_baseline": False, "max_grad_norm": 0, "whiten_advantages": True, "eval_strategy": "no",
-        "eval_on_start": False, "kl_loss": False, "kl_target": None, "target_kl": None, "reference": "frozen",
-    }  # fmt: skip
-    unknown = [key for key, value in off.items() if section.get(key, value) != value]
-    if unknown:
-        switches = " ".join(f"--{stage}.{key}={str(off[key]).lower()}" for key in unknown)
-        raise RecipeError(f"`{stage}.loop` trl: TRL's own loop does not know {', '.join(unknown)}; switch off: {switches}")
-    if section.get("value") == "trunk":
-        raise RecipeError(f"`{stage}.loop` trl runs the value function as a model of its own: `{stage}.value` must be adapter")

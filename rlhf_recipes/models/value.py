@@ -34,8 +34,6 @@ class ValueHead(nn.Module):
 class ValueAdapter(ValueHead):
     """V(s) with a LoRA adapter of its own over the shared frozen weights (`ppo.value: adapter`)."""
 
-    base_model_prefix = "trunk"  # where TRL's own loop looks for it
-
     def __init__(self, trunk: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.trunk = trunk

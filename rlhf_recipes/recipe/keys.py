@@ -99,29 +99,31 @@ _OF_PAIRS = {
     "dataset_num_proc": "pairs are tokenised before TRL sees them",
     "disable_dropout": _NO_DROPOUT,
 }
-NOT_READ = "PPO's loop does not read it"
-PPO_READS = frozenset((
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "total_episodes",
-    "num_train_epochs", "local_rollout_forward_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "kl_estimator", "whiten_rewards", "cliprange", "vf_coef", "cliprange_value",
-    "gamma", "lam", "value", "full_kl", "reward_baseline", "whiten_advantages", "loop",
-    "kl_loss", "kl_target", "kl_horizon", "target_kl", "reference", "reference_sync_steps",
-    "eval_strategy", "eval_steps", "eval_on_start", "metric_for_best_model", "load_best_model_at_end",
-    "save_strategy", "save_steps", "save_total_limit",
-))  # fmt: skip
-_BATCH = "TRL computes it: per_device_train_batch_size x gradient_accumulation_steps, x the number of processes"
-_MINI_BATCH = "TRL computes it: the batch over num_mini_batches"
-_PPO_REFUSED = {
+_BATCH = "it is per_device_train_batch_size x gradient_accumulation_steps, x the number of processes"
+_MINI_BATCH = "it is the batch over num_mini_batches"
+_NOT_READ = "PPO's loop does not read it"
+# What people know from TRL and transformers; any other field of theirs is an unknown key.
+_NOT_ONLINE = {
     "stop_token": _AT_EOS,
     "stop_token_id": _AT_EOS,
     "num_sample_generations": "the run ends with samples on held-out prompts; see `evaluate.samples`",
     "gradient_checkpointing": "PPO's loop does not use it",
     "world_size": "the launcher says how many processes there are",
-    "num_total_batches": "TRL computes it: total_episodes over the batch",
+    "num_total_batches": "it is total_episodes over the batch",
+    "max_steps": f"{_NOT_READ}; total_episodes says how long it runs",
     **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _BATCH),
     **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), _MINI_BATCH),
-}
+    **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step"), "every update is logged"),
+    **dict.fromkeys(
+        ("eval_delay", "per_device_eval_batch_size", "greater_is_better"),
+        "held-out prompts are judged every `eval_steps`, `evaluate.batch_size` at a time, and more is better",
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_drop_last", "torch_compile", "use_liger_kernel",
+         "ds3_gather_for_generation", "label_smoothing_factor", "neftune_noise_alpha"),
+        _NOT_READ,
+    ),
+}  # fmt: skip
 REFUSED = {
     "sft": {
         "dataset_text_field": "`load_demonstrations` gives the column `text`",
@@ -133,8 +135,8 @@ REFUSED = {
         "use_liger_kernel": "there is no loss over the vocabulary that it could fuse",
         "liger_kernel_config": "there is no loss over the vocabulary that it could fuse",
     },
-    "ppo": _PPO_REFUSED,
-    "a2c": _PPO_REFUSED
+    "ppo": _NOT_ONLINE,
+    "a2c": _NOT_ONLINE
     | dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value", "target_kl"), _SINGLE_STEP),
     "dpo": _OF_PAIRS
     | {
@@ -188,7 +190,7 @@ _NEEDS: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
     "precompute_ref_batch_size": ("precompute_ref_log_probs", "true", _on),
     "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence", lambda value: value == "alpha_divergence"),
     "discopop_tau": ("loss_type", "[discopop]", lambda value: "discopop" in (value or ())),
-    "kl_estimator": ("full_kl", "false", lambda value: not value),
+    "kl_estimator": ("kl", "reward or loss", lambda value: value != "full"),
     "kl_horizon": ("kl_target", "", _on),
     "reference_sync_steps": ("reference", "sync", lambda value: value == "sync"),
     "warmup_steps": ("lr_scheduler_type", "constant_with_warmup, or another than constant", lambda value: value != "constant"),

@@ -57,7 +57,7 @@ def _build_stage(name: str, values: Any, file: str, given: Collection[str]) -> d
     """`given`: the keys that the command line sets."""
     stage = TRAINED[name]
     for key in values if isinstance(values, dict) else ():
-        if key in OWNER_OF and key in stage.fields:
+        if key in OWNER_OF:
             raise RecipeError(f"{file}: `{name}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there")
         if key in stage.refused_keys:
             raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {stage.refused_keys[key]}; leave it out")

@@ -109,6 +109,9 @@ _ABSENT = {
     ),
     "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it": "no_cuda device device_map use_gpu",
     "only `model.quantization` 4bit is there": "load_in_8bit",
+    "that is `ppo.kl: full` (or `a2c.kl: full`)": "full_kl",
+    "that is `ppo.kl: loss` (or `a2c.kl: loss`)": "kl_loss use_kl_loss",
+    "there is one loop, which tests/test_parity.py compares with TRL's own": "loop",
     "give `dpo.loss_type` [sigmoid, sft] and `dpo.loss_weights` [1, alpha] in its place": "rpo_alpha",
     "completions are sampled by the policy's own modules, whose log-probabilities the losses read": "use_vllm",
 }

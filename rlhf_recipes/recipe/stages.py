@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_recipes.recipe.keys import EVERYWHERE, NO_SECRETS, NOT_READ, OWNER_OF, PPO_READS, REFUSED, SECRET
+from rlhf_recipes.recipe.keys import EVERYWHERE, NO_SECRETS, OWNER_OF, REFUSED, SECRET
 from rlhf_recipes.recipe.trl_fields import Field, Source, fields_of
 
 
@@ -74,8 +74,7 @@ class Stage:
     def refused_keys(self) -> dict[str, str]:
         """Fields that the stage would accept and ignore, or that are secrets, with the reason."""
         secrets = dict.fromkeys(filter(SECRET.search, self.fields), NO_SECRETS)
-        unread = dict.fromkeys(self.fields.keys() - PPO_READS, NOT_READ) if self.online else {}
-        return {**unread, **secrets, **EVERYWHERE, **self.refused}
+        return {**secrets, **EVERYWHERE, **self.refused}
 
     @functools.cached_property
     def keys(self) -> tuple[str, ...]:
@@ -87,11 +86,8 @@ _TRAINING_ARGUMENTS = (
     Source("transformers", "training_args.py", "TrainingArguments"),
     Source("trl", "trainer/base_config.py", "_BaseConfig"),
 )
-_PPO_CONFIG = (
-    *_TRAINING_ARGUMENTS,
-    Source("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
-    Source("rlhf_recipes", "algorithms/trainer.py", "PPOConfig"),
-)
+_A2C_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "A2CSettings")
+_PPO_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "PPOSettings")
 _PROMPTS = (("load_prompts", "eval"), ("load_prompts", "train"))
 _ONLINE_SHOWN = {"objective/scores": "reward", "objective/kl": "KL"}
 _ONLINE_CURVES = {
@@ -141,7 +137,7 @@ _ROWS = (
     Stage(
         name="ppo",
         section="ppo",
-        config=_PPO_CONFIG,
+        config=(_A2C_SETTINGS, _PPO_SETTINGS),
         refused=REFUSED["ppo"],
         data=_PROMPTS,
         online=True,
@@ -155,9 +151,9 @@ _ROWS = (
     Stage(
         name="a2c",
         section="a2c",
-        config=_PPO_CONFIG,
+        config=(_A2C_SETTINGS,),
         refused=REFUSED["a2c"],
-        defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # what makes it A2C
+        defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # PPO with one step: Huang et al. 2022, arXiv 2205.09123
         data=_PROMPTS,
         online=True,
         samples="a2c",

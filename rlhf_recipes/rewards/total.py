@@ -93,7 +93,7 @@ class Rewards(nn.Module):
 
     @property
     def adapter(self) -> AdapterReward | None:
-        """The reward adapter where it is all there is, unshaped: what TRL's own loop can take."""
+        """The reward adapter where it is all there is, unshaped."""
         [term, *others] = self.terms.values()
         shaped = others or self.clip or self.length_penalty or (term.weight, term.mean, term.deviation) != (1, 0, 1)
         return None if shaped or not isinstance(term.scorer, AdapterReward) else term.scorer
