@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
-@dataclass
+@dataclass  # not frozen: TRL's constructor fills its part of the config in
 class A2CSettings:
     """One step on each rollout."""
 
