@@ -715,6 +715,7 @@ SAID = [
     ("ppo", {"evaluate.temperature": 1}, "that is `sampling.temperature`"),
     ("ppo", {"generation.max_new_tokens": 1}, "that is `data.max_completion_tokens`"),
     ("ppo", {"lora.rnk": 1}, "did you mean `r`?"),
+    ("ppo", {"ppo.packing": True}, "unknown key `ppo.packing`; it is a key of `sft`, not of `ppo`"),
     ("ppo", "--model_name_or_path", "--model_name_or_path: unknown option; that is `model.path`"),
     ("reward", "--learning_rate", "--learning_rate: unknown option; that is `reward_training.learning_rate`"),
     ("ppo", "--batch-size", "--batch-size: unknown option; that is `ppo.per_device_train_batch_size`"),

@@ -23,7 +23,8 @@ _FILE = "reference.safetensors"
 
 
 class Leash:
-    """
+    """See the head of this file.
+
     Attributes:
         beta: `objective.beta` at first; `kl_target` adapts it.
         reference: None with `reference: none`.

@@ -40,7 +40,8 @@ class Advantages:
 
 @dataclass
 class PPO:
-    """
+    """What a rollout's tokens were worth, and the loss that makes the better ones likelier.
+
     Args:
         gather: joins the rows of all processes, so that whitening sees one batch.
     """

@@ -143,6 +143,9 @@ def meant(name: str, section: str | None, sections: Mapping[str, Iterable[str]],
         having = [s for s in stages if meaning in sections[s]]
         here = next((s for s in (section, stage) if s in having), None)
         found += [f"{s}.{meaning}" for s in ([here] if here else having)]
+    others = [f"`{own}`" for own in stages if name in sections[own]]
+    if not found and section in stages and others:
+        return f"it is a key of {' and '.join(others)}, not of `{section}`"
     if not found:
         found = [f"{own}.{name}" for own, keys in sections.items() if own != section and name in keys]
     return "that is " + " or ".join(f"`{key}`" for key in found) if found else None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rlhf_recipes.recipe.stages import STAGES
 
 
-@dataclass
+@dataclass  # not frozen: TRL's constructor fills its part of the config in
 class A2CSettings:
     """One step on each rollout."""
 
