@@ -37,9 +37,9 @@ def main(recipe: Recipe) -> dict:
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
-        with judged_policy(policy.folder, roles, recipe) as model:  # one that does not fit is refused before a run
+        with judged_policy(policy.folder, roles, recipe.model) as model:  # one that does not fit is refused before a run
             if policy.folder is not None:
-                examine_judged(policy.name, model, roles, prompts, recipe)
+                examine_judged(policy.name, model, roles, prompts)
     examine(roles, prompts, recipe)
 
     run = Run.prepare(recipe, "evaluate")
@@ -51,7 +51,7 @@ def main(recipe: Recipe) -> dict:
     for policy in policies:
         if policy.best_of is None:
             k = section.completions if policy.folder else section.reference_completions
-            with judged_policy(policy.folder, roles, recipe) as model:
+            with judged_policy(policy.folder, roles, recipe.model) as model:
                 judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
                 if section.exact:
                     exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)

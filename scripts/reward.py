@@ -41,7 +41,7 @@ def main(recipe: Recipe) -> dict:
         tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, read_eos, ends) for split in ("train", "eval")
     )
 
-    build = partial(load_with_new_adapter, recipe, "SEQ_CLS")
+    build = partial(load_with_new_adapter, recipe.model, recipe.path(recipe.model.path), recipe.lora, "SEQ_CLS")
     model = build()
     model.config.pad_token_id = tokenizer.pad_token_id
 

@@ -143,7 +143,7 @@ def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
     recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
     roles = build_roles(recipe, load_tokenizer(recipe))
-    with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe) as policy:
+    with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe.model) as policy:
         trained = enumerate_policy(policy, roles, prompts, recipe).exact(beta)
     start = enumerate_policy(roles.reference, roles, prompts, recipe).exact(beta)
     print(json.dumps({"stage": stage, "beta": beta, "reference": start, "trained": trained}))

@@ -51,7 +51,7 @@ from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.rewards.total import Rewards, Scores
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import ResponseOutput, predicting_inputs, response_forward
-from rlhf_recipes.rollouts.lean import Sampled, sample_completions
+from rlhf_recipes.rollouts.sampler import Sampled
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.runs.checkpoints import prune, share, write_checkpoint
 from rlhf_recipes.runs.state import random_state, restore_random_state
@@ -373,10 +373,9 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         """
         args, size = self.args, self.args.local_rollout_forward_batch_size
         policy_and_value = self.accelerator.unwrap_model(self.model)
-        policy, ends = policy_and_value.policy, self.roles.ends
         context = queries.shape[1]
         sampled = Sampled.joined([
-            sample_completions(policy, *chunk, ends, args.response_length, args.temperature)
+            self.roles.sampler(policy_and_value.policy, *chunk)
             for chunk in zip(queries.split(size), attention.split(size), strict=True)
         ])  # fmt: skip
         parts = []
@@ -581,7 +580,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             **{name: mean(value) for name, value in rollout.scores.metrics().items()},
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
-            "val/num_eos_tokens": int(accelerator.reduce((self.roles.ends.are(rollout.responses) & mask).sum())),
+            "val/num_eos_tokens": int(accelerator.reduce((self.roles.sampler.ends.are(rollout.responses) & mask).sum())),
             "val/explained_variance": mean(explained_variance(rollout.values, advantages.returns, rollout.value_mask)),
             "val/sampling_gap": mean(masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), rollout.mask)),
             "lr": self.lr_scheduler.get_last_lr()[0],

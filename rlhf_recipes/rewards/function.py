@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rlhf_recipes.data.tokens import is_chat
 from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.sections import RewardTerm
+from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.tasks import reward_arguments
 
@@ -24,7 +26,9 @@ NO_TEMPLATE = "use a model that has one, or prompts of text"
 class RewardError(RecipeError):
     """A python reward raised, or returned what is no score. `rows` are the completions that did it."""
 
-    rows: list[dict[str, Any]]
+    def __init__(self, message: object, rows: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(message)  # alone, as `pickle` calls it again on another process
+        self.rows = rows or []
 
 
 class FunctionReward:
@@ -37,23 +41,26 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Any], on_error: Literal["stop", "skip"] = "stop") -> None:
         self.function, self.on_error = function, on_error
 
-    async def score(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Scores, NaN for None, and which rows failed; both [batch].
-
+    def score(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """
         Raises:
             RewardError: with `on_error: stop`, at an exception or a value that is no score.
             RecipeError: it has a parameter that nothing gives.
         """
         self._arguments(samples[:1])
-        try:
-            returned = await self._call(samples)
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
-            returned = await self._one_by_one(samples, error)
+        returned = _run(self._returned(samples))
         complaints = [complaint(value) for value in returned]
         if self.on_error == "stop" and any(complaints):
             raise self._failure(samples, complaints)
         scores = [math.nan if value is None or complaint(value) else float(value) for value in returned]
         return torch.tensor(scores), torch.tensor([complaint is not None for complaint in complaints])
+
+    async def _returned(self, samples: Samples) -> list:
+        """What it returns for each row, or what it raises there."""
+        try:
+            return await self._call(samples)
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            return await self._one_by_one(samples, error)
 
     def _arguments(self, samples: Samples) -> tuple[list[Any], dict[str, Any]]:
         completions: list[Any] = samples.texts
@@ -92,9 +99,7 @@ class FunctionReward:
             for prompt, text, complaint in zip(samples.prompts, samples.texts, complaints, strict=True)
             if complaint
         ]
-        failure = RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)")
-        failure.rows = rows
-        return failure
+        return RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)", rows)
 
 
 def complaint(value: Any) -> str | None:
@@ -111,7 +116,11 @@ def complaint(value: Any) -> str | None:
         return f"returned {value!r}, which is no number"
 
 
-def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """What `coroutine` returns, also where an event loop is running already, as in a notebook."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
+
+
+def load(term: RewardTerm, shared: Shared) -> FunctionReward:
+    return FunctionReward(shared.function(str(term.function_name)), term.on_error)
