@@ -42,6 +42,7 @@ from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.roles import Roles, build_roles
+from rlhf_recipes.rollouts.lean import LeanSampler
 from rlhf_recipes.tasks import load_dataset, load_task
 
 LORA_RANK = 16
@@ -169,7 +170,7 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     trainer.reward_model.forward = watch.of(trainer.reward_model.forward, "reward")
     with (
         mock.patch.object(trainer, "update", watch.of(trainer.update, "update")),
-        mock.patch.object(ours, "sampler", watch.of(ours.sampler, "generate")),
+        mock.patch.object(LeanSampler, "__call__", watch.of(LeanSampler.__call__, "generate")),
         mock.patch.object(ppo_trainer, "response_forward", watch.of(ppo_trainer.response_forward, "reference")),
         mock.patch.object(
             ppo_trainer.PolicyAndValue, "forward", watch.of(ppo_trainer.PolicyAndValue.forward, "policy and value")

@@ -5,30 +5,19 @@ adapter, the reference nothing (the policy with its adapters off), the value a h
 and head, the reward a LoRA adapter and score head. Sharing frozen tensors is safe: no optimizer touches them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.tokenizer import load_ends
-from rlhf_recipes.models.adapters import load_policy_adapter, with_new_adapter
-from rlhf_recipes.models.backbone import (
-    keep_in_evaluation,
-    load_backbone,
-    loading_fields,
-    pretrained,
-    safetensors_only,
-    shared_copy,
-)
+from rlhf_recipes.models.adapters import with_new_adapter
+from rlhf_recipes.models.backbone import keep_in_evaluation, load_backbone, shared_copy
 from rlhf_recipes.models.lora import use_lean_lora
-from rlhf_recipes.models.reference import Policy, Reference
+from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.models.value import ValueHead, build_value
-from rlhf_recipes.recipe.errors import RecipeError, loading
-from rlhf_recipes.recipe.sections import ModelSection, Recipe
+from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rewards.total import Rewards, load_rewards
 from rlhf_recipes.rollouts.lean import LeanSampler
@@ -71,24 +60,3 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
     use_lean_lora(policy)
     sampler = LeanSampler(ends, recipe.data.max_completion_tokens, recipe.sampling.temperature)
     return Roles(tokenizer, policy, Reference(policy), value_role, reward, backbone, sampler)
-
-
-@contextmanager
-def judged_policy(folder: Path | None, roles: Roles, section: ModelSection) -> Iterator[Policy]:
-    """The policy of `folder`, while this lasts: an adapter on the same backbone, or a full model of its own; without a
-    folder the reference.
-
-    Raises:
-        RecipeError: what it holds does not fit the backbone and its tokenizer.
-    """
-    if folder is None:
-        yield roles.reference
-    elif (folder / "adapter_config.json").is_file():
-        yield load_policy_adapter(roles.backbone, folder)
-    else:
-        with loading(str(folder)), safetensors_only():
-            model = pretrained(AutoModelForCausalLM, folder, **loading_fields(section))
-        theirs, ours = (each.get_input_embeddings().num_embeddings for each in (model, roles.backbone))
-        if theirs != ours:
-            raise RecipeError(f"{folder}: has a vocabulary of {theirs} tokens, and {section.path} one of {ours}")
-        yield model.requires_grad_(False).eval().to(roles.policy.device)

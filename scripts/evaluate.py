@@ -21,10 +21,11 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.data.datasets import tokenize_prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.exact import enumerate_policy
+    from rlhf_recipes.evaluation.judged import judged_policy
     from rlhf_recipes.evaluation.judging import complete, prepare_rewards, side_by_side
     from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
     from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
-    from rlhf_recipes.roles import build_roles, judged_policy
+    from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 

@@ -24,11 +24,12 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.checks.saved import read_back_reward
     from rlhf_recipes.data.datasets import tokenize_pairs
     from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
+    from rlhf_recipes.evaluation.accuracy import pairwise_accuracy
     from rlhf_recipes.evaluation.tables import print_rows
     from rlhf_recipes.evaluation.watch import watch
     from rlhf_recipes.models.adapters import load_with_new_adapter
     from rlhf_recipes.process import say_left_out, warn
-    from rlhf_recipes.rewards.adapter import AdapterReward, pairwise_accuracy
+    from rlhf_recipes.rewards.adapter import AdapterReward
     from rlhf_recipes.runs.fingerprint import ADAPTER, made_by
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.runs.sharding import whole_model

@@ -9,6 +9,7 @@ import torch
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.evaluation.exact import completions_of, enumerate_policy
+from rlhf_recipes.evaluation.judged import judged_policy
 from rlhf_recipes.evaluation.judging import complete
 from rlhf_recipes.optimum import (
     estimate_optimal_objective,
@@ -20,7 +21,7 @@ from rlhf_recipes.optimum import (
 )
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.roles import build_roles, judged_policy
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_scripts import run
 

@@ -15,12 +15,14 @@ from rlhf_recipes.checks.models import moved, path_gaps
 from rlhf_recipes.checks.saved import read_back_policy
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.judged import judged_policy
+from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import shared_copy
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import LORA_REFUSED, LoraSection
-from rlhf_recipes.roles import build_roles, judged_policy, load_policy_adapter
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.forward import response_forward
 from rlhf_recipes.rollouts.lean import LeanSampler
 from rlhf_recipes.tasks import load_dataset, load_task

@@ -6,8 +6,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlhf_recipes.checks import files, machine, memory
+from rlhf_recipes.checks.sizes import Sizes, sizes_of
 from rlhf_recipes.models.adapters import load_with_new_adapter
-from rlhf_recipes.models.sizes import Sizes, sizes_of
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
 

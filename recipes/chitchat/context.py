@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from rlhf_recipes.data.datasets import tokenize_pairs
 from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.accuracy import pairwise_accuracy
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rewards.adapter import pairwise_accuracy
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 

@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
-from rlhf_recipes.data.tokens import pad_left
 from rlhf_recipes.models.adapters import loading_adapter, with_saved_adapter
 from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import use_lean_lora
-from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import RewardTerm
 from rlhf_recipes.rewards.reward import Shared
@@ -32,10 +29,6 @@ class AdapterReward(nn.Module):
     def __init__(self, model: nn.Module, ends: Sequence[int] = (), read_eos: bool = True) -> None:
         super().__init__()
         self.model, self.ends, self.read_eos = model, tuple(ends), read_eos
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     def score(self, samples: Samples) -> tuple[Tensor, None]:
         return self(*self._finished(samples)), None
@@ -108,26 +101,3 @@ def load(term: RewardTerm, shared: Shared) -> AdapterReward:
         )
     use_lean_lora(model)
     return AdapterReward(model.requires_grad_(False).eval(), shared.ends, term.read_eos)
-
-
-@torch.no_grad()
-def pairwise_accuracy(reward: AdapterReward, pairs: Dataset, batch_size: int) -> dict[str, float]:
-    """The share of held-out pairs whose chosen text scores higher: over all, and by `words` where the pairs have it.
-
-    Args:
-        reward: token ids [batch, tokens] -> scores [batch].
-        pairs: as `tokenize_pairs` makes them, perhaps with `words`.
-    """
-
-    def scores(rows: list[list[int]]) -> Tensor:
-        return reward(*(tensor.to(reward.device) for tensor in pad_left(rows, 0)))
-
-    correct: dict[str, list[bool]] = {"all": []}
-    pairs = pairs.sort("length")
-    for start in progress_bar(range(0, len(pairs), batch_size), desc="held-out pairs", leave=False):
-        batch = pairs[start : start + batch_size]
-        right = (scores(batch["chosen_ids"]) > scores(batch["rejected_ids"])).tolist()
-        correct["all"] += right
-        for words, is_right in zip(batch.get("words", []), right, strict=False):
-            correct.setdefault(f"{words} words", []).append(is_right)
-    return {name: sum(values) / len(values) for name, values in correct.items()}

@@ -4,10 +4,10 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.tasks import reward_arguments
 
-T = TypeVar("T")
 NO_TEMPLATE = "use a model that has one, or prompts of text"
 
 
@@ -48,19 +47,16 @@ class FunctionReward:
             RecipeError: it has a parameter that nothing gives.
         """
         self._arguments(samples[:1])
-        returned = _run(self._returned(samples))
-        complaints = [complaint(value) for value in returned]
+        try:
+            returned = self._call(samples)
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            returned = self._one_by_one(samples, error)
+        complaints = [_complaint(value) for value in returned]
         if self.on_error == "stop" and any(complaints):
             raise self._failure(samples, complaints)
-        scores = [math.nan if value is None or complaint(value) else float(value) for value in returned]
-        return torch.tensor(scores), torch.tensor([complaint is not None for complaint in complaints])
-
-    async def _returned(self, samples: Samples) -> list:
-        """What it returns for each row, or what it raises there."""
-        try:
-            return await self._call(samples)
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
-            return await self._one_by_one(samples, error)
+        failed = [complaint is not None for complaint in complaints]
+        scores = [math.nan if value is None or lost else float(value) for value, lost in zip(returned, failed, strict=True)]
+        return torch.tensor(scores), torch.tensor(failed)
 
     def _arguments(self, samples: Samples) -> tuple[list[Any], dict[str, Any]]:
         completions: list[Any] = samples.texts
@@ -70,23 +66,23 @@ class FunctionReward:
         own = {"prompts": samples.prompts, "completions": completions, "completion_ids": ids}
         return reward_arguments(self.function, samples.columns | own)
 
-    async def _call(self, samples: Samples) -> list:
+    def _call(self, samples: Samples) -> list:
         arguments, named = self._arguments(samples)
-        if inspect.iscoroutinefunction(self.function):
-            returned = await self.function(*arguments, **named)
-        else:
-            returned = await asyncio.to_thread(self.function, *arguments, **named)
+        returned = self.function(*arguments, **named)
+        if inspect.iscoroutine(returned):
+            with ThreadPoolExecutor(1) as thread:  # which has no event loop yet: a notebook's own is running
+                returned = thread.submit(asyncio.run, returned).result()
         returned = list(returned)
         if len(returned) != len(samples):
             raise ValueError(f"returned {len(returned)} scores for {len(samples)} completions")
         return returned
 
-    async def _one_by_one(self, samples: Samples, error: Exception) -> list:
+    def _one_by_one(self, samples: Samples, error: Exception) -> list:
         """The scores of the rows that do not raise, and what those raise that do; `error` if that is none of them."""
         returned: list[Any] = []
         for i in range(len(samples)):
             try:
-                returned += await self._call(samples[i : i + 1])
+                returned += self._call(samples[i : i + 1])
             except Exception as own:  # noqa: BLE001 - a user's function may raise anything
                 returned.append(own)
         if not any(isinstance(value, Exception) for value in returned):
@@ -102,7 +98,7 @@ class FunctionReward:
         return RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)", rows)
 
 
-def complaint(value: Any) -> str | None:
+def _complaint(value: Any) -> str | None:
     """What is wrong with a value that a reward returned; None if it is a score or None."""
     if value is None:
         return None
@@ -114,12 +110,6 @@ def complaint(value: Any) -> str | None:
         return None if math.isfinite(value) else f"returned {value}"
     except TypeError:
         return f"returned {value!r}, which is no number"
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What `coroutine` returns, also where an event loop is running already, as in a notebook."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
 
 
 def load(term: RewardTerm, shared: Shared) -> FunctionReward:
