@@ -1,6 +1,8 @@
 """Every kind of reward, their sum and its shaping, and what happens when a python reward fails."""
 
 import asyncio
+import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -23,9 +25,11 @@ from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.evaluation.judging import complete, prepare_rewards
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
+from rlhf_recipes.recipe.sections import REWARD_KINDS, RewardTerm
 from rlhf_recipes.rewards import model
-from rlhf_recipes.rewards.function import FunctionReward, RewardError
+from rlhf_recipes.rewards.function import FunctionReward
 from rlhf_recipes.rewards.model import ModelReward
+from rlhf_recipes.rewards.reward import RewardError
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.samples import Samples
@@ -60,6 +64,14 @@ def load_model_reward(recipe):
 
 def by_function(function, **settings):
     return Rewards({"mine": Term(FunctionReward(function, **settings))})
+
+
+def test_a_kind_of_reward_is_a_key_and_a_module_of_its_name():
+    """What a new kind takes: its file, and a line in recipe/sections.py."""
+    keys = {field.name for field in dataclasses.fields(RewardTerm)}
+    for kind in REWARD_KINDS:
+        assert kind in keys
+        assert callable(importlib.import_module(f"rlhf_recipes.rewards.{kind}").load)
 
 
 # --- python rewards ----------------------------------------------------------------------------------------------

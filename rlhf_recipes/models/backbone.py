@@ -47,7 +47,7 @@ def load_backbone(section: ModelSection, path: str) -> PreTrainedModel:
         path: where `model.path` lies, or a Hub id.
 
     Raises:
-        RecipeError: it is neither a folder nor to be had from the Hub, not in safetensors, or brings code that is not trusted.
+        RecipeError: it is neither a folder nor on the Hub, not in safetensors, or brings code that is not trusted.
     """
     found = "" if os.path.exists(path) else " (no folder beside the recipe or here, so a Hub id)"
     with loading(f"`model.path` {section.path}{found}"), safetensors_only():

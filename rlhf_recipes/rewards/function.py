@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.data.tokens import is_chat
-from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import RewardTerm
-from rlhf_recipes.rewards.reward import Shared
+from rlhf_recipes.rewards.reward import RewardError, Shared
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.tasks import reward_arguments
 
 NO_TEMPLATE = "use a model that has one, or prompts of text"
-
-
-class RewardError(RecipeError):
-    """A python reward raised, or returned what is no score. `rows` are the completions that did it."""
-
-    def __init__(self, message: object, rows: list[dict[str, Any]] | None = None) -> None:
-        super().__init__(message)  # alone, as `pickle` calls it again on another process
-        self.rows = rows or []
 
 
 class FunctionReward:

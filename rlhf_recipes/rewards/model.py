@@ -24,7 +24,7 @@ class ModelReward(nn.Module):
         probability: the softmax (of one label: sigmoid) instead of the logit.
         max_length: tokens; a longer text loses its beginning.
         pair: prompt and completion as the tokenizer's two segments instead of one text.
-        title: for what is said of it.
+        title: what messages call it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The seam of rewards. A kind is a key of `RewardTerm` and, under the same name, a module here with a `load`."""
+"""The seam of rewards. A kind is a key of `RewardTerm`, listed in `REWARD_KINDS`, and a module here of the same name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.rollouts.samples import Samples
+
+
+class RewardError(RecipeError):
+    """A reward failed on single completions. `rows`: their `prompt`, `completion` and `what` is wrong."""
+
+    def __init__(self, message: object, rows: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(message)  # alone: `pickle` brings the rows to another process by itself
+        self.rows = rows or []
 
 
 class Reward(Protocol):
@@ -19,7 +28,11 @@ class Reward(Protocol):
     """
 
     def score(self, samples: Samples) -> tuple[Tensor, Tensor | None]:
-        """The scores, NaN where it has no opinion (no `nn.Module` may), and which rows failed, None where none can; [batch]."""
+        """The scores, NaN for "no opinion", and which rows failed, both [batch]; of an `nn.Module` none is NaN and none failed.
+
+        Raises:
+            RewardError: rows failed, and the recipe does not say to skip such rows.
+        """
 
 
 @runtime_checkable

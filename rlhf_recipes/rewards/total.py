@@ -1,4 +1,4 @@
-"""Rewards: what is maximised, one number a completion, a weighted sum of reward models and python functions.
+"""What is maximised: one number a completion, the weighted sum of the recipe's rewards.
 
     r(x, y) = clip( sum_i w_i (r_i(x, y) - m_i) / s_i ) - length_penalty * tokens - missing_eos_penalty * [no eos]
 
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import RewardSection
 from rlhf_recipes.rewards.adapter import AdapterReward
-from rlhf_recipes.rewards.function import RewardError
-from rlhf_recipes.rewards.reward import PrefixReward, Reward, Shared
+from rlhf_recipes.rewards.reward import PrefixReward, Reward, RewardError, Shared
 from rlhf_recipes.rollouts.samples import Samples
 
 
 @dataclass
 class Scores:
-    """What the rewards say of a batch.
+    """The rewards of a batch.
 
     total: r(x, y), [batch]; 0 where not valid
     valid: false where no reward has an opinion, or one failed with `on_error: skip`: such a row is not learned from, [batch]
@@ -54,7 +53,7 @@ class Scores:
 
 @dataclass
 class Term:
-    """One reward of the sum; normalised as (score - mean) / deviation."""
+    """One reward of the sum; normalised with mean and standard deviation."""
 
     scorer: Reward
     weight: float = 1.0
@@ -87,10 +86,9 @@ class Rewards(nn.Module):
 
     @property
     def adapter(self) -> AdapterReward | None:
-        """The reward adapter where it is all there is, unshaped."""
+        """The reward adapter where it is all there is."""
         [term, *others] = self.terms.values()
-        shaped = others or self.clip or self.length_penalty or (term.weight, term.mean, term.deviation) != (1, 0, 1)
-        return None if shaped or not isinstance(term.scorer, AdapterReward) else term.scorer
+        return term.scorer if isinstance(term.scorer, AdapterReward) and not others else None
 
     @torch.no_grad()
     def forward(self, samples: Samples, batch_size: int | None = None, prefix: bool = False) -> Scores:
