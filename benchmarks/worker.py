@@ -38,10 +38,12 @@ from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import use_lean_lora
 from rlhf_recipes.process import configure
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import LoraSection, Recipe
 from rlhf_recipes.rewards.adapter import AdapterReward
+from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.roles import Roles, build_roles
+from rlhf_recipes.rollouts.lean import LeanSampler
 from rlhf_recipes.tasks import load_dataset, load_task
 
 LORA_RANK = 16
@@ -148,15 +150,15 @@ def _ppo_values(work: Work, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _random_reward(recipe: Recipe, backbone: Any, tokenizer: Any) -> Rewards:
+def _random_reward(section: LoraSection, shared: Shared) -> Rewards:
     """`load_rewards` with random weights, so that any model can be measured."""
-    model = get_peft_model(build_classifier(backbone), lora_config(recipe, "SEQ_CLS")).requires_grad_(False).eval()
+    model = get_peft_model(build_classifier(shared.backbone), lora_config(section, "SEQ_CLS")).requires_grad_(False).eval()
     use_lean_lora(model)
-    return Rewards({"reward": Term(AdapterReward(model, [tokenizer.eos_token_id]))})
+    return Rewards({"reward": Term(AdapterReward(model, shared.ends[:1]))})
 
 
 def _our_roles(recipe: Recipe) -> Roles:
-    with mock.patch.object(roles, "load_rewards", _random_reward):
+    with mock.patch.object(roles, "load_rewards", lambda section, shared: _random_reward(recipe.lora, shared)):
         return build_roles(recipe, load_tokenizer(recipe))
 
 
@@ -169,7 +171,7 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     trainer.reward_model.forward = watch.of(trainer.reward_model.forward, "reward")
     with (
         mock.patch.object(trainer, "update", watch.of(trainer.update, "update")),
-        mock.patch.object(experience, "sample_completions", watch.of(experience.sample_completions, "generate")),
+        mock.patch.object(LeanSampler, "__call__", watch.of(LeanSampler.__call__, "generate")),
         mock.patch.object(experience, "response_forward", watch.of(experience.response_forward, "reference")),
         mock.patch.object(
             experience.PolicyAndValue, "forward", watch.of(experience.PolicyAndValue.forward, "policy and value")
@@ -192,7 +194,7 @@ def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     trainer = trl_ppo.PPOTrainer(
         args=trl_ppo.PPOConfig(**_ppo_values(work, folder)), processing_class=tokenizer, model=policy, ref_model=None,
         reward_model=reward, value_model=value, train_dataset=prompts, eval_dataset=prompts, callbacks=[clock],
-        peft_config=lora_config(recipe, "CAUSAL_LM"),
+        peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
     )  # fmt: skip
 
     def which_model(model: Any, *args: Any) -> str:
@@ -292,7 +294,7 @@ def _stock_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     return _timed_dpo(
         lambda: trl.DPOTrainer(
             model=model, args=args, train_dataset=pairs, processing_class=tokenizer,
-            peft_config=lora_config(recipe, "CAUSAL_LM"),
+            peft_config=lora_config(recipe.lora, "CAUSAL_LM"),
         ),
         work,
     )  # fmt: skip

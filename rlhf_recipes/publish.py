@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from rlhf_recipes.data.tokenizer import end_token_ids
 from rlhf_recipes.evaluation.tables import fenced, fraction_bound, markdown_table, markdown_text, optimum_text
 from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.models.adapters import load_policy_adapter
+from rlhf_recipes.models.backbone import load_backbone
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import Recipe
-from rlhf_recipes.roles import load_adapter_policy
 from rlhf_recipes.rollouts.forward import model_inputs
 from rlhf_recipes.runs.fingerprint import (
     OWN,
@@ -96,7 +97,7 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
         RecipeError: the difference is beyond what rounding explains; nothing is left under `model/` for others to use.
     """
     recipe = run.recipe
-    policy = load_adapter_policy(recipe, adapter)
+    policy = load_policy_adapter(load_backbone(recipe.model, recipe.path(recipe.model.path)), adapter)
     before = log_probabilities(policy, queries, attention)
     merged: Any = policy.merge_and_unload()
     ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))

@@ -77,7 +77,7 @@ def main(recipe: Recipe) -> dict:
     roles = trainer.whole_roles(recipe)  # see engines.py
     run.save_adapter(roles.policy, run.folder)
     if run.main:
-        read_back_policy(run.folder, roles, held_out, recipe)
+        read_back_policy(run.folder, roles, held_out)
     return judge_policy(run, roles, held_out, gold)
 
 

@@ -21,10 +21,11 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.data.datasets import tokenize_prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.evaluation.exact import enumerate_policy
+    from rlhf_recipes.evaluation.judged import judged_policy
     from rlhf_recipes.evaluation.judging import complete, prepare_rewards, side_by_side
     from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
     from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
-    from rlhf_recipes.roles import build_roles, judged_policy
+    from rlhf_recipes.roles import build_roles
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
@@ -37,9 +38,9 @@ def main(recipe: Recipe) -> dict:
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
-        with judged_policy(policy.folder, roles, recipe) as model:  # one that does not fit is refused before a run
+        with judged_policy(policy.folder, roles, recipe.model) as model:  # one that does not fit is refused before a run
             if policy.folder is not None:
-                examine_judged(policy.name, model, roles, prompts, recipe)
+                examine_judged(policy.name, model, roles, prompts)
     examine(roles, prompts, recipe)
 
     run = Run.prepare(recipe, "evaluate")
@@ -51,7 +52,7 @@ def main(recipe: Recipe) -> dict:
     for policy in policies:
         if policy.best_of is None:
             k = section.completions if policy.folder else section.reference_completions
-            with judged_policy(policy.folder, roles, recipe) as model:
+            with judged_policy(policy.folder, roles, recipe.model) as model:
                 judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
                 if section.exact:
                     exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)

@@ -24,11 +24,12 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.checks.saved import read_back_reward
     from rlhf_recipes.data.datasets import tokenize_pairs
     from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
+    from rlhf_recipes.evaluation.accuracy import pairwise_accuracy
     from rlhf_recipes.evaluation.tables import print_rows
     from rlhf_recipes.evaluation.watch import watch
     from rlhf_recipes.models.adapters import load_with_new_adapter
     from rlhf_recipes.process import say_left_out, warn
-    from rlhf_recipes.rewards.adapter import AdapterReward, pairwise_accuracy
+    from rlhf_recipes.rewards.adapter import AdapterReward
     from rlhf_recipes.runs.fingerprint import ADAPTER, made_by
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.runs.sharding import whole_model
@@ -41,7 +42,7 @@ def main(recipe: Recipe) -> dict:
         tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, read_eos, ends) for split in ("train", "eval")
     )
 
-    build = partial(load_with_new_adapter, recipe, "SEQ_CLS")
+    build = partial(load_with_new_adapter, recipe.model, recipe.path(recipe.model.path), recipe.lora, "SEQ_CLS")
     model = build()
     model.config.pad_token_id = tokenizer.pad_token_id
 

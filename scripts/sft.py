@@ -43,6 +43,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.models.adapters import load_with_new_adapter
     from rlhf_recipes.models.backbone import build_backbone
     from rlhf_recipes.process import say_left_out, warn
+    from rlhf_recipes.rollouts.lean import LeanSampler
     from rlhf_recipes.runs.folder import MODEL, Run
     from rlhf_recipes.runs.sharding import whole_model
     from rlhf_recipes.runs.trainer import SFTTrainer
@@ -57,12 +58,12 @@ def main(recipe: Recipe) -> dict:
         tokenizer = train_readable_tokenizer(texts_of(train), architecture["vocab_size"], architecture["model_type"])
         complete_tokenizer(tokenizer, recipe)
         ends = Ends(tokenizer, [tokenizer.eos_token_id], recipe.sampling.stop)
-        build = partial(build_backbone, recipe, tokenizer)
+        build = partial(build_backbone, architecture, tokenizer, recipe.run.seed)
     else:
         tokenizer = load_tokenizer(recipe)
         ends = load_ends(recipe, tokenizer)
-        build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
-    model = build()
+        build = partial(load_with_new_adapter, recipe.model, recipe.path(recipe.model.path), recipe.lora, "CAUSAL_LM")
+    model, sampler = build(), LeanSampler(ends, recipe.data.max_completion_tokens, recipe.sampling.temperature)
     args = stage_config(SFTConfig, recipe, "sft", **sft_fields(train, model, recipe))
     by_trl = any(recipe.stages["sft"].get(key) for key in ("assistant_only_loss", "chat_template_path"))
     train, evaluation = (tokenize_demonstrations(dataset, tokenizer, ends.tokens, by_trl) for dataset in (train, evaluation))
@@ -75,7 +76,7 @@ def main(recipe: Recipe) -> dict:
         raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
     refuse_unread(trainer, recipe, "sft")
     trainer.refuse_no_batch("sft", len(trainer.train_dataset))
-    examine_sft(trainer, tokenizer, ends, recipe)
+    examine_sft(trainer, tokenizer, sampler, recipe)
     if not args.packing:
         filled = len(train) - len(trainer.train_dataset)
         say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")
@@ -95,7 +96,7 @@ def main(recipe: Recipe) -> dict:
     loss = trainer.evaluate()["eval_loss"]
     model = whole_model(trainer, build)
     model = model if from_scratch else model.merge_and_unload()
-    samples = sample_texts(model.eval(), tokenizer, ends, task, recipe)
+    samples = sample_texts(model.eval(), tokenizer, sampler, task, recipe)
     run.write_lines("samples.jsonl", samples)
     run.save_backbone(model, tokenizer)
     if run.main:

@@ -103,7 +103,8 @@ def write_tiny_recipe(folder: Path) -> Path:
     config = AutoConfig.for_model(**{**recipe.model.architecture, **special, "initializer_range": 0.2})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "checkpoints" / "backbone")
     tokenizer.save_pretrained(folder / "checkpoints" / "backbone")
-    reward = get_peft_model(build_classifier(load_backbone(recipe)), lora_config(recipe, "SEQ_CLS"))
+    backbone = load_backbone(recipe.model, recipe.path(recipe.model.path))
+    reward = get_peft_model(build_classifier(backbone), lora_config(recipe.lora, "SEQ_CLS"))
     for name, parameter in reward.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from rlhf_recipes.process import configure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.test_ppo_trainer import build_trainer, drawn, logs_of
+from tests.test_ppo_trainer import Scripted, build_trainer, drawn, logs_of
 
 PROMPT, RESPONSES = [1, 70, 80], [[5 + i, 9, 30 + 7 * i, 11, 12, 13][: 1 + i % 6] + [0] * (5 - i % 6) for i in range(8)]
 
@@ -37,7 +37,7 @@ def fixed_gradient(recipe_folder, folder):
             if "lora_B" in name or "score" in name:
                 parameter.normal_(std=0.1, generator=generator)
     queries, sampled = torch.tensor([PROMPT] * len(mine)), drawn(PROMPT, [RESPONSES[i] for i in mine])
-    with mock.patch("rlhf_recipes.algorithms.experience.sample_completions", return_value=sampled):
+    with mock.patch.object(trainer.roles, "sampler", Scripted(sampled)):
         rollout = trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["a prompt"] * len(mine)})
     seen = {}
 

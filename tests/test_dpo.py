@@ -18,9 +18,9 @@ from rlhf_recipes.evaluation.judging import complete
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.recipe.errors import StoppedError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rollouts.lean import Sampled
+from rlhf_recipes.rollouts.sampler import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
-from tests.test_ppo_trainer import build_trainer
+from tests.test_ppo_trainer import Scripted, build_trainer
 from tests.test_scripts import lines, run
 
 
@@ -77,14 +77,13 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
             return output
 
         monkeypatch.setattr(module, "response_forward", forward)
-        if hasattr(module, "sample_completions"):
-            ended = torch.tensor([False, True, True, False])
-            sampled = Sampled(sequences, sequences != 0, torch.zeros(4, 6), ended)
-            monkeypatch.setattr(module, "sample_completions", lambda *args: sampled)
 
     for module in (experience, dpo_module, judging):
         recording(module)
+    ended = torch.tensor([False, True, True, False])
+    scripted = Scripted(Sampled(sequences, sequences != 0, torch.zeros(4, 6), ended))
     ppo = build_trainer(tiny, tmp_path)
+    ppo.roles.sampler = roles.sampler = scripted
     ppo.rollout(torch.tensor(queries), torch.tensor(queries) != 0, prompts[:])
     complete(roles.policy, roles, prompts, recipe)
     dpo = trainer_on(pairs, tiny, roles, tmp_path)

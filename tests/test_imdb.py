@@ -58,13 +58,12 @@ def test_checkpoints_are_safetensors_and_small():
 
 def test_shipped_reward_prefers_praise():
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.models.backbone import load_backbone
     from rlhf_recipes.recipe.loading import load_recipe
-    from rlhf_recipes.rewards.total import load_rewards
+    from rlhf_recipes.roles import build_roles
 
     recipe = load_recipe(FOLDER)
     tokenizer = load_tokenizer(recipe)
-    reward = load_rewards(recipe, load_backbone(recipe), tokenizer).adapter
+    reward = build_roles(recipe, tokenizer).reward.adapter
     texts = ["This movie is wonderful, one of the best I have ever seen.", "This movie is awful, a complete waste of time."]
     praise, pan = reward(tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]).tolist()
     assert praise > pan + 1

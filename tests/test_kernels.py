@@ -87,7 +87,7 @@ def test_lean_lora_leaves_to_peft_what_is_pefts():
 
 MATMUL = """
 import torch
-from rlhf_recipes.matmul import use_onednn_on_amd
+from rlhf_recipes.models.matmul import use_onednn_on_amd
 if not use_onednn_on_amd():
     print("not here")
     raise SystemExit

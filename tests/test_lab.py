@@ -9,6 +9,7 @@ import torch
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.evaluation.exact import completions_of, enumerate_policy
+from rlhf_recipes.evaluation.judged import judged_policy
 from rlhf_recipes.evaluation.judging import complete
 from rlhf_recipes.optimum import (
     estimate_optimal_objective,
@@ -20,7 +21,7 @@ from rlhf_recipes.optimum import (
 )
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.roles import build_roles, judged_policy
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 from tests.test_scripts import run
 
@@ -143,7 +144,7 @@ def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
     recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
     roles = build_roles(recipe, load_tokenizer(recipe))
-    with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe) as policy:
+    with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe.model) as policy:
         trained = enumerate_policy(policy, roles, prompts, recipe).exact(beta)
     start = enumerate_policy(roles.reference, roles, prompts, recipe).exact(beta)
     print(json.dumps({"stage": stage, "beta": beta, "reference": start, "trained": trained}))

@@ -15,14 +15,16 @@ from rlhf_recipes.checks.models import moved, path_gaps
 from rlhf_recipes.checks.saved import read_back_policy
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.evaluation.judged import judged_policy
+from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import shared_copy
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.recipe.sections import LORA_REFUSED, LoraSection
-from rlhf_recipes.roles import build_roles, judged_policy, load_policy_adapter
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.forward import response_forward
-from rlhf_recipes.rollouts.lean import sample_completions
+from rlhf_recipes.rollouts.lean import LeanSampler
 from rlhf_recipes.tasks import load_dataset, load_task
 
 TAKEN = {
@@ -74,8 +76,8 @@ def test_a_field_that_is_taken_works_in_every_role(field, tiny, tmp_path):
         assert not torch.allclose(roles.policy(input_ids=ids).logits, roles.backbone(input_ids=ids).logits)
         assert torch.equal(roles.reference(input_ids=ids).logits, roles.backbone(input_ids=ids).logits)
         roles.policy.save_pretrained(tmp_path, save_embedding_layers=False)
-        read_back_policy(tmp_path, roles, prompts, recipe)
-        with judged_policy(tmp_path, roles, recipe) as judged:
+        read_back_policy(tmp_path, roles, prompts)
+        with judged_policy(tmp_path, roles, recipe.model) as judged:
             torch.testing.assert_close(judged(input_ids=ids).logits, roles.policy(input_ids=ids).logits)
     trained = [name for name, p in roles.policy.named_parameters() if p.requires_grad]
     roles.policy(input_ids=ids).logits.square().sum().backward()
@@ -121,9 +123,9 @@ def test_a_policy_made_elsewhere_is_judged_as_plain_peft_has_it(kind, tiny, tmp_
     before = {name: tensor.clone() for name, tensor in roles.backbone.state_dict().items()}
     ids = torch.tensor([prompts[3]["input_ids"]])
     queries = ids.repeat(64, 1)
-    with judged_policy(tmp_path, roles, recipe) as judged, torch.no_grad():
+    with judged_policy(tmp_path, roles, recipe.model) as judged, torch.no_grad():
         torch.manual_seed(0)
-        sampled = sample_completions(judged, queries, torch.ones_like(queries), roles.ends, 6, 1.0)
+        sampled = roles.sampler(judged, queries, torch.ones_like(queries))
         scored = response_forward(judged, sampled.sequences, sampled.attention, ids.shape[1], 1.0)
         mask = sampled.attention[:, ids.shape[1] :]
         logits = plain(input_ids=sampled.sequences).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
@@ -137,7 +139,7 @@ def test_a_policy_made_elsewhere_is_judged_as_plain_peft_has_it(kind, tiny, tmp_
 
 def test_embeddings_that_were_saved_with_an_adapter_are_its_own(tiny, tmp_path):
     """PEFT's `save_embedding_layers`, as where the embedding was resized: loaded in place they would change every role."""
-    recipe, roles, prompts = ready(tiny, {})
+    _, roles, prompts = ready(tiny, {})
     made = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
     with torch.no_grad():
         made.get_input_embeddings().weight += 0.5
@@ -145,7 +147,7 @@ def test_embeddings_that_were_saved_with_an_adapter_are_its_own(tiny, tmp_path):
     made.save_pretrained(tmp_path / "policy", save_embedding_layers=True)
     ids = torch.tensor([prompts[3]["input_ids"]])
     before = roles.backbone(input_ids=ids).logits
-    judged = load_policy_adapter(roles.backbone, tmp_path / "policy", recipe)
+    judged = load_policy_adapter(roles.backbone, tmp_path / "policy")
     torch.testing.assert_close(judged(input_ids=ids).logits, made.eval()(input_ids=ids).logits)
     assert (judged(input_ids=ids).logits - before).abs().max() > 0.1
     assert torch.equal(roles.backbone(input_ids=ids).logits, before)
@@ -161,16 +163,16 @@ def test_embeddings_that_were_saved_with_an_adapter_are_its_own(tiny, tmp_path):
 def test_what_is_no_lora_is_refused(tiny, tmp_path):
     from peft import IA3Config
 
-    recipe, roles, _ = ready(tiny, {})
+    _, roles, _ = ready(tiny, {})
     model = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
     get_peft_model(model, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="an adapter of the type IA3; policies here are LoRA adapters"):
-        load_policy_adapter(roles.backbone, tmp_path, recipe)
+        load_policy_adapter(roles.backbone, tmp_path)
     activated = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
     model = AutoModelForCausalLM.from_pretrained(tiny / "checkpoints" / "backbone")
     get_peft_model(model, activated).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="an activated LoRA, which adapts a part of each text"):
-        load_policy_adapter(roles.backbone, tmp_path, recipe)
+        load_policy_adapter(roles.backbone, tmp_path)
 
 
 # --- dropout -----------------------------------------------------------------------------------------------------
@@ -214,11 +216,11 @@ def test_training_mode_never_reaches_the_backbone_but_the_adapters_dropout(tiny)
 def test_a_policy_that_is_sampled_otherwise_than_it_speaks_is_refused(tiny, monkeypatch):
     from rlhf_recipes.checks import models
 
-    recipe, roles, prompts = ready(tiny, {})
-    models.examine_judged("mine", roles.policy, roles, prompts, recipe)
+    _, roles, prompts = ready(tiny, {})
+    models.examine_judged("mine", roles.policy, roles, prompts)
     with moved(roles.policy):
-        models.examine_judged("mine", roles.policy, roles, prompts, recipe)
-        sampler = models.sample_completions
-        monkeypatch.setattr(models, "sample_completions", lambda policy, *rest: sampler(roles.reference, *rest))
+        models.examine_judged("mine", roles.policy, roles, prompts)
+        sampled = LeanSampler.__call__
+        monkeypatch.setattr(LeanSampler, "__call__", lambda self, policy, *rest: sampled(self, roles.reference, *rest))
         with pytest.raises(RecipeError, match=r"mine: log-probabilities as it is sampled are .* nats a token from"):
-            models.examine_judged("mine", roles.policy, roles, prompts, recipe)
+            models.examine_judged("mine", roles.policy, roles, prompts)

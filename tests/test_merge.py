@@ -36,7 +36,7 @@ def test_the_merged_model_is_the_policy(dtype, tiny, trained):
     recipe, adapter = load_recipe(tiny), trained / "tiny" / "ppo" / "it"
     tokenizer, merged = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     ids = torch.tensor([tokenizer("the film was great")["input_ids"]])
-    policy = PeftModel.from_pretrained(load_backbone(recipe), adapter)
+    policy = PeftModel.from_pretrained(load_backbone(recipe.model, recipe.path(recipe.model.path)), adapter)
     with torch.no_grad():
         ours, theirs = (model(input_ids=ids).logits.log_softmax(-1) for model in (merged, policy))
         with policy.disable_adapter():

@@ -10,10 +10,9 @@ import torch
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rewards.model import load_model_reward
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.tasks import load_dataset, load_task
-from tests.test_rewards import samples_of
+from tests.test_rewards import load_model_reward, samples_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "minilm"
 needs_package = pytest.mark.skipif(
@@ -47,7 +46,7 @@ def test_it_scores_what_another_tokenizer_sampled(classifier, tmp_path):
         part.save_pretrained(tmp_path)
     recipe = load_recipe(FOLDER, {"reward.model": str(tmp_path)})
     [spec] = recipe.reward.all_terms()
-    reward = Rewards({spec.title: Term(load_model_reward(recipe, spec))})
+    reward = Rewards({spec.title: Term(load_model_reward(recipe))})
     # the last one is longer than the 128 tokens at which the package's own tokenizer cuts and to which it pads
     prompts, texts = ["The film was", "I have never", "A plot"], [" great fun!", " been so bored.", " and a hole" * 60]
     scores = reward(samples_of(load_tokenizer(recipe), prompts, texts)).total

@@ -23,6 +23,7 @@ from rlhf_recipes.models.value import ValueAdapter
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.roles import build_roles
+from rlhf_recipes.rollouts.lean import LeanSampler
 from tests.test_ppo_trainer import Recorder
 
 # TRL averages the entropy over padding too; ours is over the response's tokens.
@@ -40,7 +41,7 @@ class FullReward(nn.Module):
         input_ids = samples.sequences
         logits, _, _ = trl_ppo_trainer.get_reward(self.model, input_ids, self.pad, 0)
         last = (torch.arange(input_ids.shape[1]) * (input_ids != self.pad)).amax(1)
-        return logits[torch.arange(len(last)), last, 0]
+        return logits[torch.arange(len(last)), last, 0], None
 
 
 def as_generate_does(probabilities):
@@ -50,7 +51,7 @@ def as_generate_does(probabilities):
 
 def classifier(recipe, seed):
     torch.manual_seed(seed)
-    config = load_backbone(recipe).config
+    config = load_backbone(recipe.model, recipe.path(recipe.model.path)).config
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
     for p in model.parameters():
@@ -76,12 +77,12 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     assert sorted(shared) == sorted(values)
 
     def models():
-        policy = load_backbone(recipe)
+        policy = load_backbone(recipe.model, recipe.path(recipe.model.path))
         with torch.no_grad():  # eos often enough that responses of many lengths meet
             policy.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
         reference = copy.deepcopy(policy)
         torch.manual_seed(3)
-        policy = get_peft_model(policy, lora_config(recipe, "CAUSAL_LM")) if lora else policy.requires_grad_(True)
+        policy = get_peft_model(policy, lora_config(recipe.lora, "CAUSAL_LM")) if lora else policy.requires_grad_(True)
         return policy, reference, classifier(recipe, 1), classifier(recipe, 2)
 
     policy, reference, reward, value = models()
@@ -103,7 +104,7 @@ def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
         policy=policy,
         reference=reference,
         value=head,
-        ends=Ends(tokenizer, [tokenizer.eos_token_id]),
+        sampler=LeanSampler(Ends(tokenizer, [tokenizer.eos_token_id]), 6, 0.8),
         reward=Rewards(
             {"reward": Term(FullReward(reward, tokenizer.pad_token_id))}, missing_eos_penalty=values.get("missing_eos_penalty")
         ),

@@ -1,5 +1,7 @@
 """The PPO loop: what an update changes, what it must not, and its loss written out."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +15,7 @@ from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.roles import build_roles
-from rlhf_recipes.rollouts.lean import Sampled
+from rlhf_recipes.rollouts.sampler import Sampled
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
@@ -125,8 +127,19 @@ def rollout_of(trainer, query, responses):
     from unittest import mock
 
     queries = torch.tensor([query] * len(responses))
-    with mock.patch("rlhf_recipes.algorithms.experience.sample_completions", return_value=drawn(query, responses)):
+    with mock.patch.object(trainer.roles, "sampler", Scripted(drawn(query, responses))):
         return trainer.rollout(queries, torch.ones_like(queries), {"prompt": ["the film"] * len(responses)})
+
+
+@dataclass
+class Scripted:
+    """A sampler that says what it is told, whoever asks."""
+
+    said: Sampled
+    temperature: float = 1.0
+
+    def __call__(self, policy, queries, attention, length=None):
+        return self.said
 
 
 def drawn(query, responses, pad=0, eos=2):

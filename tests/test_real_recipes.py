@@ -400,15 +400,14 @@ def test_an_answer_never_changes_the_tokens_before_it(name, answer, tmp_path):
 
 def test_the_judge_reads_the_conversation_as_it_was_trained_to(tmp_path):
     """By its own tokenizer and template: one score, that of the model card's own lines."""
-    from rlhf_recipes.rewards.model import load_model_reward
     from rlhf_recipes.rewards.total import Rewards, Term
-    from tests.test_rewards import samples_of
+    from tests.test_rewards import load_model_reward, samples_of
 
     recipe, tokenizer = stand_in_of("ultrafeedback", tmp_path / "policy")
     judge = write_stand_in(tmp_path / "judge", "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
     recipe = load_recipe(recipe.folder, {"model.path": recipe.model.path, "reward.model": str(judge)})
     [spec] = recipe.reward.all_terms()
-    reward = Rewards({spec.title: Term(load_model_reward(recipe, spec))})
+    reward = Rewards({spec.title: Term(load_model_reward(recipe))})
     prompts, texts = [CHAT, CHAT[:1]], ["Three.", "An old car, and what people think about it."]
     samples = samples_of(tokenizer, [encode_text(tokenizer, prompt) for prompt in prompts], texts, ended=[True, True])
     samples.prompts = prompts

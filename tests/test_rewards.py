@@ -1,6 +1,8 @@
 """Every kind of reward, their sum and its shaping, and what happens when a python reward fails."""
 
 import asyncio
+import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -23,8 +25,11 @@ from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.evaluation.judging import complete, prepare_rewards
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rewards.function import FunctionReward, RewardError
-from rlhf_recipes.rewards.model import ModelReward, load_model_reward
+from rlhf_recipes.recipe.sections import REWARD_KINDS, RewardTerm
+from rlhf_recipes.rewards import model
+from rlhf_recipes.rewards.function import FunctionReward
+from rlhf_recipes.rewards.model import ModelReward
+from rlhf_recipes.rewards.reward import RewardError
 from rlhf_recipes.rewards.total import Rewards, Term
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.samples import Samples
@@ -52,8 +57,21 @@ def samples_of(tokenizer, prompts=PROMPTS, texts=TEXTS, ended=(True, False, True
     return Samples(sequences, context, tokenizer, prompts, columns, sequences != pad)
 
 
+def load_model_reward(recipe):
+    [term] = recipe.reward.all_terms()
+    return model.load(term, types.SimpleNamespace(path=recipe.path, dtype=getattr(torch, recipe.model.dtype)))
+
+
 def by_function(function, **settings):
     return Rewards({"mine": Term(FunctionReward(function, **settings))})
+
+
+def test_a_kind_of_reward_is_a_key_and_a_module_of_its_name():
+    """What a new kind takes: its file, and a line in recipe/sections.py."""
+    keys = {field.name for field in dataclasses.fields(RewardTerm)}
+    for kind in REWARD_KINDS:
+        assert kind in keys
+        assert callable(importlib.import_module(f"rlhf_recipes.rewards.{kind}").load)
 
 
 # --- python rewards ----------------------------------------------------------------------------------------------
@@ -271,16 +289,16 @@ def test_a_roberta_reads_less_than_it_has_positions(tokenizer, tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path / "rm")
     overrides = {"reward.adapter": None, "reward.read_eos": True, "reward.model": str(tmp_path / "rm")}
     recipe = load_recipe(tiny, overrides)
-    scorer = load_model_reward(recipe, recipe.reward)
+    scorer = load_model_reward(recipe)
     assert scorer.max_length == 39
     samples = samples_of(tokenizer, ["the film " * 30, "a", "b"])
-    assert scorer.score(samples).isfinite().all()
+    assert scorer.score(samples)[0].isfinite().all()
     scorer.max_length = 40
     with pytest.raises((IndexError, RuntimeError)):
         scorer.score(samples)
     short = load_recipe(tiny, overrides | {"reward.max_length": 1})
     with pytest.raises(RecipeError, match=r"reads 1 tokens, of which 1 are its tokenizer's own; raise `max_length`"):
-        load_model_reward(short, short.reward)
+        load_model_reward(short)
 
 
 def test_padding_never_moves_where_a_decoder_is_read(tokenizer, tiny, tmp_path):
@@ -296,9 +314,9 @@ def test_padding_never_moves_where_a_decoder_is_read(tokenizer, tiny, tmp_path):
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / str(pad))
         tokenizer.save_pretrained(tmp_path / str(pad))
         recipe = load_recipe(tiny, {"reward.adapter": None, "reward.read_eos": True, "reward.model": str(tmp_path / str(pad))})
-        scorer = load_model_reward(recipe, recipe.reward)
+        scorer = load_model_reward(recipe)
         samples = samples_of(tokenizer, ["the film was " * 3, "the plot", "a"])
-        together, alone = scorer.score(samples), torch.cat([scorer.score(samples[i : i + 1]) for i in range(3)])
+        together, alone = scorer.score(samples)[0], torch.cat([scorer.score(samples[i : i + 1])[0] for i in range(3)])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
         assert len(together.unique()) == 3
 
@@ -312,14 +330,14 @@ def test_a_reward_models_tokenizer_knows_no_more_than_its_embedding(tiny, foreig
         tiny, {"reward.adapter": None, "reward.model": str(tmp_path / "rm"), "reward.label": 0, "reward.read_eos": True}
     )
     with pytest.raises(RecipeError, match=r"has tokens for which its embedding has no row, such as '<new \d+>'"):
-        load_model_reward(recipe, recipe.reward)
+        load_model_reward(recipe)
 
 
 def test_a_models_score_that_is_not_finite_is_no_missing_opinion(tiny, foreign, tokenizer, roles):
     recipe = load_recipe(
         tiny, {"reward.adapter": None, "reward.model": str(foreign), "reward.label": 0, "reward.read_eos": True}
     )
-    broken = load_model_reward(recipe, recipe.reward)
+    broken = load_model_reward(recipe)
     broken.model.classifier.weight[0, 0] = math.nan
     with pytest.raises(RecipeError, match=r"the reward `a` gives 3 of 3 completions a score that is not finite"):
         Rewards({"a": Term(broken)})(samples_of(tokenizer))

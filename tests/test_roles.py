@@ -10,10 +10,9 @@ from rlhf_recipes.models.backbone import load_backbone
 from rlhf_recipes.models.value import ValueAdapter
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rewards.total import load_rewards
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.forward import model_inputs, response_forward
-from rlhf_recipes.rollouts.lean import sample_completions
+from rlhf_recipes.rollouts.lean import LeanSampler
 from rlhf_recipes.rollouts.samples import Samples
 
 
@@ -50,7 +49,8 @@ def test_base_weights_are_in_memory_once(tiny, value):
 
 def test_adapters_off_equals_the_backbone_exactly(tiny, roles):
     inputs = model_inputs(*batch(roles.tokenizer))
-    backbone = load_backbone(load_recipe(tiny))
+    recipe = load_recipe(tiny)
+    backbone = load_backbone(recipe.model, recipe.path(recipe.model.path))
     assert torch.equal(roles.reference(**inputs).logits, backbone(**inputs).logits)
     assert not torch.allclose(roles.policy(**inputs).logits, backbone(**inputs).logits)
 
@@ -93,7 +93,7 @@ def test_merge_is_undone_when_generation_fails(roles):
 def test_reward_adapter_of_another_backbone_is_refused(tiny):
     recipe = load_recipe(tiny, {"reward.adapter": str(tiny)})
     with pytest.raises(RecipeError, match="does not fit"):
-        load_rewards(recipe, load_backbone(recipe), load_tokenizer(recipe))
+        build_roles(recipe, load_tokenizer(recipe))
 
 
 # --- the reward --------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_reward_ignores_eos_unless_it_was_trained_to_read_it(tiny, roles):
     open_ended = roles.reward.adapter(torch.tensor([ids]))
     torch.testing.assert_close(roles.reward.adapter(ended), open_ended, atol=1e-6, rtol=1e-5)
     reading = load_recipe(tiny, {"reward.read_eos": True})
-    reward = load_rewards(reading, load_backbone(reading), roles.tokenizer).adapter
+    reward = build_roles(reading, roles.tokenizer).reward.adapter
     assert not torch.allclose(reward(ended), open_ended)
 
 
@@ -142,7 +142,7 @@ def test_response_forward_is_the_plain_log_softmax(roles):
     queries, attention = batch(roles.tokenizer)
     context = queries.shape[1]
     torch.manual_seed(0)
-    sampled = sample_completions(roles.policy, queries, attention, roles.ends, 5, temperature=0.7)
+    sampled = LeanSampler(roles.sampler.ends, 5, 0.7)(roles.policy, queries, attention)
     sequences = sampled.sequences
     assert sequences.shape == (3, context + 5)
     assert torch.equal(sampled.attention[:, :context], attention)
@@ -187,7 +187,7 @@ def test_samples_follow_the_model(tiny, roles):
     query = torch.tensor([roles.tokenizer("the film")["input_ids"]])
     queries = query.repeat(4000, 1)
     torch.manual_seed(0)
-    sampled = sample_completions(roles.policy, queries, torch.ones_like(queries), roles.ends, 1, temperature=1.0)
+    sampled = LeanSampler(roles.sampler.ends, 1, 1.0)(roles.policy, queries, torch.ones_like(queries))
     tokens = sampled.sequences[:, -1]
     exact = roles.policy(query).logits[0, -1].softmax(-1)
     seen = torch.bincount(tokens, minlength=len(exact)) / len(tokens)
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_does_not_change_what_is_sampled(roles):
 
     def sampled():
         torch.manual_seed(0)
-        return sample_completions(roles.policy, *batch(roles.tokenizer), roles.ends, 8, temperature=1.0).sequences
+        return LeanSampler(roles.sampler.ends, 8, 1.0)(roles.policy, *batch(roles.tokenizer)).sequences
 
     expected = sampled()
     roles.policy.train()
@@ -217,7 +217,7 @@ def test_half_precision_policies_are_sampled_unmerged(tiny):
     assert all(p.dtype == torch.float32 for m in layers for n, p in m.named_parameters() if "lora_" in n)
     pointers = []
     layers[0].register_forward_hook(lambda module, args, output: pointers.append(module.get_base_layer().weight.data_ptr()))
-    sample_completions(roles.policy, *batch(roles.tokenizer), roles.ends, 3, temperature=1.0)
+    LeanSampler(roles.sampler.ends, 3, 1.0)(roles.policy, *batch(roles.tokenizer))
     assert set(pointers) == {layers[0].get_base_layer().weight.data_ptr()}
 
 
@@ -229,9 +229,9 @@ def favouring(roles, token, amount=50.0):
 
 def test_a_completion_ends_with_any_end_token(roles):
     queries, attention = batch(roles.tokenizer)
-    roles.ends.tokens = (roles.tokenizer.eos_token_id, 77)
+    roles.sampler.ends.tokens = (roles.tokenizer.eos_token_id, 77)
     hook = favouring(roles, 77)
-    sampled = sample_completions(roles.policy, queries, attention, roles.ends, 4, 1.0)
+    sampled = LeanSampler(roles.sampler.ends, 4, 1.0)(roles.policy, queries, attention)
     hook.remove()
     said = sampled.sequences[:, queries.shape[1] :]
     assert said[:, 0].tolist() == [77] * 3
@@ -244,7 +244,7 @@ def test_the_pad_is_a_token_where_it_is_drawn_or_written(roles):
     pad = roles.tokenizer.pad_token_id
     queries, attention = torch.tensor([[1, 70, pad, 80]]), torch.ones(1, 4)
     hook = favouring(roles, pad)
-    sampled = sample_completions(roles.policy, queries, attention, roles.ends, 3, 1.0)
+    sampled = LeanSampler(roles.sampler.ends, 3, 1.0)(roles.policy, queries, attention)
     hook.remove()
     assert sampled.sequences.tolist() == [[1, 70, pad, 80, pad, pad, pad]]
     assert sampled.attention.all()
@@ -263,7 +263,7 @@ def test_a_completion_ends_with_a_text_of_sampling_stop(tiny, roles):
     script = iter([x, y, x, x, x])
     head = reading.policy.get_output_embeddings()
     hook = head.register_forward_hook(lambda m, a, output: output + 50.0 * (torch.arange(output.shape[-1]) == next(script)))
-    sampled = sample_completions(reading.policy, queries, attention, reading.ends, 5, 1.0)
+    sampled = LeanSampler(reading.sampler.ends, 5, 1.0)(reading.policy, queries, attention)
     hook.remove()
     assert sampled.sequences[:, 3:5].tolist() == [[x, y]] * 2
     assert sampled.ended.all()

@@ -360,7 +360,8 @@ def test_custom_generation_runs_only_where_it_is_trusted(trusted, recipe, marker
     folder = recipe / "checkpoints/backbone/custom_generate"
     folder.mkdir()
     (folder / "generate.py").write_text(GENERATE.format(marker=str(marker)))
-    load_backbone(load_recipe(recipe, {"model.trust_remote_code": trusted}))
+    loaded = load_recipe(recipe, {"model.trust_remote_code": trusted})
+    load_backbone(loaded.model, loaded.path(loaded.model.path))
     assert marker.exists() == trusted
 
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlhf_recipes.checks import files, machine, memory
+from rlhf_recipes.checks.sizes import Sizes, sizes_of
 from rlhf_recipes.models.adapters import load_with_new_adapter
-from rlhf_recipes.models.sizes import Sizes, sizes_of
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
 
@@ -75,7 +75,7 @@ def kept_by_autograd(model, **inputs):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_activations_are_what_autograd_keeps(attention):
     recipe = load_recipe(DEFAULT_RECIPE, {"model.attention": attention, "reward_training.per_device_train_batch_size": 4})
-    model = load_with_new_adapter(recipe, "SEQ_CLS").train()
+    model = load_with_new_adapter(recipe.model, recipe.path(recipe.model.path), recipe.lora, "SEQ_CLS").train()
     model.config.pad_token_id = 0
     ids = torch.randint(3, 6000, (8, 96))
     estimate = memory.memory_estimate(recipe, "reward", longest=96)

@@ -188,7 +188,7 @@ def test_a_backbone_without_bos_writes_texts_without_prompts(roles, tiny):
     special = {"eos_token": "</s>", "pad_token": "<pad>"}
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left", **special)
     assert without("")["input_ids"] == []
-    [row] = sample_texts(roles.policy, without, roles.ends, types.ModuleType("task"), load_recipe(tiny))
+    [row] = sample_texts(roles.policy, without, roles.sampler, types.ModuleType("task"), load_recipe(tiny))
     assert row["prompt"] == ""
     assert row["completion"]
 

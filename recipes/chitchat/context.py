@@ -11,17 +11,16 @@ from datasets import Dataset
 
 from rlhf_recipes.data.datasets import tokenize_pairs
 from rlhf_recipes.data.tokenizer import load_tokenizer
-from rlhf_recipes.models.backbone import load_backbone
+from rlhf_recipes.evaluation.accuracy import pairwise_accuracy
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.rewards.adapter import pairwise_accuracy
-from rlhf_recipes.rewards.total import load_rewards
+from rlhf_recipes.roles import build_roles
 from rlhf_recipes.tasks import load_dataset, load_task
 
 
 def main() -> None:
     recipe = load_recipe(Path(__file__).parent)
     tokenizer = load_tokenizer(recipe)
-    reward = load_rewards(recipe, load_backbone(recipe), tokenizer).adapter
+    reward = build_roles(recipe, tokenizer).reward.adapter
     pairs = load_dataset(load_task(recipe), "load_preferences", "eval").to_list()
     rng = random.Random(0)  # noqa: S311
 

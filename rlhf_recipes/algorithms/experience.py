@@ -13,7 +13,7 @@ from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.rewards.total import Rewards, Scores
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import ResponseOutput, predicting_inputs, response_forward
-from rlhf_recipes.rollouts.lean import Sampled, sample_completions
+from rlhf_recipes.rollouts.sampler import Sampled
 from rlhf_recipes.rollouts.samples import Samples
 
 
@@ -99,8 +99,7 @@ def roll_out(
     """
     size, context = args.local_rollout_forward_batch_size, queries.shape[1]
     sampled = Sampled.joined([
-        sample_completions(model.policy, *chunk, roles.ends, args.response_length, args.temperature)
-        for chunk in zip(queries.split(size), attention.split(size), strict=True)
+        roles.sampler(model.policy, *chunk) for chunk in zip(queries.split(size), attention.split(size), strict=True)
     ])  # fmt: skip
     parts, reference_hidden = [], []
     for chunk in zip(sampled.sequences.split(size), sampled.attention.split(size), strict=True):

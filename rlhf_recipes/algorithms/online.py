@@ -56,5 +56,5 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     trainer.save_model()
     if run.main:
-        read_back_policy(run.folder, roles, held_out, recipe)
+        read_back_policy(run.folder, roles, held_out)
     return judge_policy(run, roles, held_out, gold)

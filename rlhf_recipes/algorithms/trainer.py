@@ -247,7 +247,7 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
             **{name: mean(value) for name, value in rollout.scores.metrics().items()},
             **{name: mean(values) for name, values in stats.items()},
             "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
-            "val/num_eos_tokens": int(accelerator.reduce((self.roles.ends.are(rollout.responses) & mask).sum())),
+            "val/num_eos_tokens": int(accelerator.reduce((self.roles.sampler.ends.are(rollout.responses) & mask).sum())),
             "val/explained_variance": mean(explained_variance(rollout.values, advantages.returns, rollout.value_mask)),
             "val/sampling_gap": mean(masked_mean((rollout.logprobs - rollout.sampling_logprobs).abs(), rollout.mask)),
             "lr": self.lr_scheduler.get_last_lr()[0],

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from rlhf_recipes.models.sizes import sizes_of, text_part
+from rlhf_recipes.checks.sizes import sizes_of, text_part
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import LATEST, Recipe
 

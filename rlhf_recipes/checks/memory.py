@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from rlhf_recipes.checks.files import backbone_of, shapes_of
-from rlhf_recipes.models.sizes import sizes_of
+from rlhf_recipes.checks.sizes import sizes_of
 from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.recipe.stages import STAGES, Stage
 

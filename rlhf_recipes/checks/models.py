@@ -19,7 +19,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data.tokenizer import Ends
 from rlhf_recipes.data.tokens import encode_pair, is_chat, pad_left, template_of
 from rlhf_recipes.evaluation.judging import complete
 from rlhf_recipes.models.adapters import with_new_adapter
@@ -29,7 +28,7 @@ from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import response_forward
-from rlhf_recipes.rollouts.lean import Sampled, sample_completions
+from rlhf_recipes.rollouts.sampler import Sampled, Sampler
 from rlhf_recipes.runs.sharding import is_sharded
 
 PROMPTS = 10
@@ -52,7 +51,8 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
     longest = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
     _check_positions(roles.backbone, longest, "`data.max_prompt_tokens` + `data.max_completion_tokens`", recipe)
     if is_chat(prompts[0]["prompt"]):  # raises where stages would see other tokens
-        encode_pair(roles.tokenizer, prompts[0]["prompt"], "An answer.", list(roles.ends.tokens), template_of(prompts[0]))
+        ends = list(roles.sampler.ends.tokens)
+        encode_pair(roles.tokenizer, prompts[0]["prompt"], "An answer.", ends, template_of(prompts[0]))
     judged = complete(roles.policy, roles, prompts, recipe)
     kl = judged.kl.abs().max().item()
     if not kl <= ROUNDING[torch.float32]:
@@ -116,7 +116,7 @@ def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, recipe
 
 
 @torch.no_grad()
-def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, ends: Ends, recipe: Recipe) -> None:
+def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, recipe: Recipe) -> None:
     """What SFT makes must be a backbone that the policy stages can sample from, and its loss must be the model's own.
 
     Args:
@@ -132,15 +132,9 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, ends: Ends, re
     if is_sharded(trainer):
         return
     rows = trainer.train_dataset.select(range(min(PROMPTS, len(trainer.train_dataset))))
-    queries, attention = (
-        tensor.to(model.device) for tensor in pad_left([row[:8] for row in rows["input_ids"]], tokenizer.pad_token_id)
-    )
     allowed, training = ROUNDING[base.dtype], model.training
     model.eval()
-    with torch.random.fork_rng():
-        sampled = sample_completions(model, queries, attention, ends, 4, recipe.sampling.temperature)
-    plain = _plain_logprobs(model, sampled, queries.shape[1], recipe.sampling.temperature)
-    gap = (sampled.logprobs - plain).abs().mean().item()
+    gap = _sampling_gap(model, [row[:8] for row in rows["input_ids"]], tokenizer, sampler, 4)
     if not gap <= allowed:
         raise _apart("log-probabilities as they are sampled", gap, allowed, base, recipe)
     if args.loss_type in ("nll", "chunked_nll") and not args.padding_free and not args.packing:
@@ -231,14 +225,14 @@ def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tenso
         absolute differences in nats of log-probabilities of the policy, as they are sampled and as the training pass computes
         them, and of the reference, [tokens]; relative ones of each reward adapter's scores, [prompts].
     """
-    policy, temperature = roles.policy, recipe.sampling.temperature
+    policy, temperature, training = roles.policy, roles.sampler.temperature, roles.policy.training
     queries, attention = (t.to(policy.device) for t in pad_left(prompts["input_ids"][:], roles.tokenizer.pad_token_id))
-    context, length, training = queries.shape[1], min(TOKENS, recipe.data.max_completion_tokens), policy.training
+    context = queries.shape[1]
     with torch.random.fork_rng(), moved(policy):
         torch.manual_seed(recipe.run.seed)
-        plain = with_new_adapter(shared_copy(roles.backbone), recipe, "CAUSAL_LM").eval()
+        plain = with_new_adapter(shared_copy(roles.backbone), recipe.lora, "CAUSAL_LM").eval()
         set_peft_model_state_dict(plain, get_peft_model_state_dict(policy, save_embedding_layers=False))
-        sampled = sample_completions(policy, queries, attention, roles.ends, length, temperature)
+        sampled = roles.sampler(policy, queries, attention, TOKENS)
         rows, mask = (sampled.sequences, sampled.attention), sampled.attention[:, context:]
         policy.train()
         trained = response_forward(policy, *rows, context, temperature).logprobs
@@ -257,7 +251,7 @@ def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def examine_judged(name: str, policy: Any, roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
+def examine_judged(name: str, policy: Any, roles: Roles, prompts: Dataset) -> None:
     """A policy that was made elsewhere is sampled as its own forward pass has it.
 
     Args:
@@ -267,13 +261,7 @@ def examine_judged(name: str, policy: Any, roles: Roles, prompts: Dataset, recip
     Raises:
         RecipeError: it is not.
     """
-    rows = prompts.select(range(min(2, len(prompts))))["input_ids"][:]
-    queries, attention = (tensor.to(policy.device) for tensor in pad_left(rows, roles.tokenizer.pad_token_id))
-    length, temperature = min(TOKENS, recipe.data.max_completion_tokens), recipe.sampling.temperature
-    with torch.random.fork_rng():
-        sampled = sample_completions(policy, queries, attention, roles.ends, length, temperature)
-    plain = _plain_logprobs(policy, sampled, queries.shape[1], temperature)
-    gap = (sampled.logprobs - plain).abs()[sampled.attention[:, queries.shape[1] :]].mean().item()
+    gap = _sampling_gap(policy, prompts[:2]["input_ids"], roles.tokenizer, roles.sampler, TOKENS)
     if not gap <= ROUNDING[policy.dtype]:
         raise RecipeError(
             f"`evaluate.policies`: {name}: log-probabilities as it is sampled are {gap:.3g} nats a token from those of its own "
@@ -296,6 +284,18 @@ def moved(policy: nn.Module) -> Iterator[None]:
     finally:
         for parameter, data in zip(trained, before, strict=True):
             parameter.data = data
+
+
+def _sampling_gap(
+    model: Any, rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, sampler: Sampler, length: int
+) -> float:
+    """Mean nats a token between log pi as completions of `rows` are sampled and as the model's own forward pass has it."""
+    queries, attention = (tensor.to(model.device) for tensor in pad_left(rows, tokenizer.pad_token_id))
+    context = queries.shape[1]
+    with torch.random.fork_rng():
+        sampled = sampler(model, queries, attention, length)
+    plain = _plain_logprobs(model, sampled, context, sampler.temperature)
+    return (sampled.logprobs - plain).abs()[sampled.attention[:, context:]].mean().item()
 
 
 def _plain_logprobs(model: Any, sampled: Sampled, context: int, temperature: float) -> Tensor:

@@ -11,18 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rlhf_recipes.checks.models import PROMPTS, ROUNDING
 from rlhf_recipes.data.tokens import encode_prompt, pad_left
+from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import safetensors_only, shared_copy
 from rlhf_recipes.recipe.errors import StoppedError
-from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.rewards.adapter import AdapterReward
-from rlhf_recipes.roles import Roles, load_policy_adapter
+from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import model_inputs
-
-# --- after a run -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def read_back_policy(folder: Path, roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
+def read_back_policy(folder: Path, roles: Roles, prompts: Dataset) -> None:
     """The adapter that was saved, loaded anew over the backbone, must say of ten prompts what the policy says; a value function
     that was saved must be the one that was trained.
 
@@ -31,7 +29,7 @@ def read_back_policy(folder: Path, roles: Roles, prompts: Dataset, recipe: Recip
     """
     rows = prompts.select(range(min(PROMPTS, len(prompts))))["input_ids"][:]
     inputs = model_inputs(*(tensor.to(roles.policy.device) for tensor in pad_left(rows, roles.tokenizer.pad_token_id)))
-    saved = load_policy_adapter(shared_copy(roles.backbone), folder, recipe).eval()
+    saved = load_policy_adapter(shared_copy(roles.backbone), folder)
     roles.policy.eval()
     trained, again = (model(**inputs).logits[:, -1] for model in (roles.policy, saved))
     _same(folder, trained, again, ROUNDING[roles.backbone.dtype])

@@ -19,7 +19,7 @@ from rlhf_recipes.data.tokens import answered, encode_pair, is_chat, join_padded
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.recipe.stages import STAGES
-from rlhf_recipes.rewards.function import NO_TEMPLATE, FunctionReward, run_async
+from rlhf_recipes.rewards.function import NO_TEMPLATE, FunctionReward
 from rlhf_recipes.rewards.model import load_reward_tokenizer
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.tasks import COLUMNS, load_dataset, load_task
@@ -177,7 +177,7 @@ def _try_templates(recipe: Recipe, samples: Samples) -> None:
     """
     terms = recipe.reward.all_terms() if is_chat(samples.prompts[0]) else []
     for term in (term for term in terms if term.model):
-        tokenizer = load_reward_tokenizer(recipe, term)
+        tokenizer = load_reward_tokenizer(term, recipe.path(str(term.model)))
         for i, prompt in enumerate(samples.prompts):
             chat = answered(prompt, [{"role": "assistant", "content": samples.texts[i]}])  # type: ignore[arg-type]
             with row_of("load_prompts", i):
@@ -187,7 +187,7 @@ def _try_templates(recipe: Recipe, samples: Samples) -> None:
 
 def _score(name: str, function: Callable[..., Any], samples: Samples, made_up: bool, console: Console) -> list[str]:
     try:
-        scores, _ = run_async(FunctionReward(function).score(samples))
+        scores, _ = FunctionReward(function).score(samples)
     except RecipeError as error:
         return [f"{name}: {error}"]
     shown = ", ".join("no opinion" if math.isnan(score) else f"{score:.3g}" for score in scores.tolist())

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.datasets import prompt_ids, tokenize_prompts
-from rlhf_recipes.data.tokenizer import Ends
 from rlhf_recipes.data.tokens import pad_left, prompt_text
 from rlhf_recipes.evaluation.tables import markdown_samples, print_samples, print_summary
 from rlhf_recipes.models.reference import Reference
@@ -22,10 +21,10 @@ from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.process import progress_bar, stop_together
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import Recipe
-from rlhf_recipes.rewards.function import FunctionReward, run_async
+from rlhf_recipes.rewards.function import FunctionReward
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import response_forward
-from rlhf_recipes.rollouts.lean import sample_completions
+from rlhf_recipes.rollouts.sampler import Sampler
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.tasks import load_dataset
@@ -130,7 +129,7 @@ def complete(
         for at in progress_bar(mine, show=title is not None and state.is_main_process, desc=title, leave=False):
             torch.manual_seed(seed * 1_000_003 + at)
             try:
-                judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), recipe, gold, measure_kl)))
+                judged.append((at, _judge_batch(policy, roles, prompts.select(batches[at]), gold, measure_kl)))
             except RecipeError as error:
                 failure = error
                 break
@@ -149,15 +148,14 @@ def _judge_batch(
     policy: PreTrainedModel | PeftModel | Reference,
     roles: Roles,
     prompts: Dataset,
-    recipe: Recipe,
     gold: Gold | None,
     measure_kl: bool,
 ) -> dict[str, list]:
     """One completion for each row of `prompts`: the columns of `Completions`, a value a row."""
-    tokenizer, temperature, device = roles.tokenizer, recipe.sampling.temperature, roles.policy.device
+    tokenizer, temperature, device = roles.tokenizer, roles.sampler.temperature, roles.policy.device
     queries, attention = (tensor.to(device) for tensor in pad_left(prompts["input_ids"][:], tokenizer.pad_token_id))
     context = queries.shape[1]
-    sampled = sample_completions(policy, queries, attention, roles.ends, recipe.data.max_completion_tokens, temperature)
+    sampled = roles.sampler(policy, queries, attention)
     rows = sampled.sequences, sampled.attention
     columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
     samples = Samples(sampled.sequences, context, tokenizer, prompts["prompt"][:], columns, sampled.attention, sampled.ended)
@@ -182,7 +180,7 @@ def _judge_batch(
         **{f"reward {name}": own.tolist() for name, own in scores.terms.items()},
     }
     if gold is not None:
-        own, _ = run_async(FunctionReward(gold).score(samples))
+        own, _ = FunctionReward(gold).score(samples)
         batch["gold"] = own.tolist()
     return batch
 
@@ -249,7 +247,7 @@ def side_by_side(prompts: Dataset, judged: dict[str, Completions]) -> list[dict[
 
 
 def sample_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Ends, task: types.ModuleType, recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, task: types.ModuleType, recipe: Recipe
 ) -> list[dict[str, str]]:
     """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
     rows = Dataset.from_dict({"prompt": [""]})
@@ -261,7 +259,6 @@ def sample_texts(
     prompts = rows["prompt"][:] if "prompt" in rows.column_names else tokenizer.batch_decode(ids, skip_special_tokens=True)
     queries, attention = (tensor.to(model.device) for tensor in pad_left(ids, tokenizer.pad_token_id))
     torch.manual_seed(recipe.run.seed)
-    length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
-    sampled = sample_completions(model, queries, attention, ends, length, temperature)
+    sampled = sampler(model, queries, attention)
     texts = Samples(sampled.sequences, queries.shape[1], tokenizer, prompts, {}, sampled.attention, sampled.ended).texts
     return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]

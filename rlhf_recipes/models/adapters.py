@@ -1,5 +1,7 @@
 """LoRA adapters: making, loading, merging for a while."""
 
+import copy
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -8,14 +10,15 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_recipes.models.backbone import keep_in_evaluation, known_as_4bit, load_backbone, safetensors_only
+from rlhf_recipes.models.backbone import keep_in_evaluation, known_as_4bit, load_backbone, safetensors_only, shared_copy
 from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import is_plain
-from rlhf_recipes.recipe.errors import loading
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.errors import RecipeError, loading
+from rlhf_recipes.recipe.sections import LoraSection, ModelSection
 
 # Models whose kernels read the weights of these layers and never call them, so that an adapter there is passed over.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -28,35 +31,34 @@ def with_saved_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 @contextmanager
-def loading_adapter(what: str, recipe: Recipe) -> Iterator[None]:
+def loading_adapter(what: str, backbone: PreTrainedModel) -> Iterator[None]:
     """While this lasts, an adapter must fit the backbone, and all of it must be there."""
-    problem = f"cannot be loaded, or does not fit {recipe.model.path}"
-    with loading(what, problem), warnings.catch_warnings():
+    with loading(what, f"cannot be loaded, or does not fit {backbone.name_or_path}"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT draws those at random
         yield
 
 
-def lora_config(recipe: Recipe, task_type: str, training: bool = False) -> LoraConfig:
+def lora_config(section: LoraSection, task_type: str, training: bool = False) -> LoraConfig:
     """PEFT's LoraConfig of the recipe's `lora` section.
 
     Args:
         task_type: "CAUSAL_LM" or "SEQ_CLS" (which also trains the score head).
         training: dropout is for supervised stages; in PPO it would make the policy differ from the sampler.
     """
-    fields = {key: value for key, value in vars(recipe.lora).items() if value is not None}
+    fields = {key: value for key, value in vars(section).items() if value is not None}
     alpha, dropout = fields.pop("alpha"), fields.pop("dropout")
     return LoraConfig(**fields, lora_alpha=alpha, lora_dropout=dropout if training else 0.0, task_type=task_type)
 
 
-def with_new_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str, training: bool = False) -> PeftModel:
+def with_new_adapter(model: PreTrainedModel, section: LoraSection, task_type: str, training: bool = False) -> PeftModel:
     """`model` with an adapter that changes nothing yet; see `lora_config`.
 
     With `all-linear` those layers get none that PEFT refuses (Mamba's kernels pass them over) or that read no text (of models
     that also see images). `modules_to_save` that a classifier does not have, such as the output embedding, are left out of it.
     """
-    config = lora_config(recipe, task_type, training)
+    config = lora_config(section, task_type, training)
     with (
-        loading(f"`lora` with target_modules {recipe.lora.target_modules}", f"does not fit {recipe.model.path}"),
+        loading(f"`lora` with target_modules {section.target_modules}", f"does not fit {model.name_or_path}"),
         known_as_4bit(model),
     ):
         if config.target_modules == "all-linear":
@@ -81,11 +83,42 @@ def outside_the_text_model(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def load_with_new_adapter(recipe: Recipe, task_type: str) -> PeftModel:
+def load_with_new_adapter(section: ModelSection, path: str, lora: LoraSection, task_type: str) -> PeftModel:
     """What a supervised stage trains: the backbone ("CAUSAL_LM") or a classifier over it ("SEQ_CLS") with a new adapter."""
-    backbone = load_backbone(recipe)
+    backbone = load_backbone(section, path)
     model = keep_in_evaluation(build_classifier(backbone)) if task_type == "SEQ_CLS" else backbone
-    return with_new_adapter(model, recipe, task_type, training=True)
+    return with_new_adapter(model, lora, task_type, training=True)
+
+
+def load_policy_adapter(backbone: PreTrainedModel, folder: Path) -> PeftModel:
+    """A policy of its own over the weights of `backbone`: any LoRA that PEFT loads, however it was made.
+
+    Raises:
+        RecipeError: it is no LoRA, a reward's, or does not fit the backbone.
+    """
+    with loading(str(folder)):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("task_type") == "SEQ_CLS":  # PEFT would load it into a policy without a word
+        raise RecipeError(f"{folder}: an adapter of a reward model, not of a policy")
+    if config.get("peft_type") != "LORA":
+        raise RecipeError(f"{folder}: an adapter of the type {config.get('peft_type')}; policies here are LoRA adapters")
+    if config.get("alora_invocation_tokens"):
+        raise RecipeError(f"{folder}: an activated LoRA, which adapts a part of each text; policies here adapt all of it")
+    shares = config.get("bias", "none") == "none" and config.get("init_lora_weights", True) in (True, False, "gaussian")
+    with loading_adapter(str(folder), backbone):
+        shares = shares and not _holds_backbone(folder, config.get("modules_to_save") or [])
+        own = shared_copy(backbone) if shares else copy.deepcopy(backbone)  # others change the backbone's weights as they load
+        return with_saved_adapter(own, folder).eval()
+
+
+def _holds_backbone(folder: Path, modules_to_save: list[str]) -> bool:
+    """Whether weights of the backbone's own were saved with an adapter, as PEFT's `save_embedding_layers` does."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if "lora_" not in name and "trainable_tokens" not in name]  # noqa: SIM118
+    return not all(set(modules_to_save) & set(name.split(".")) for name in names)
 
 
 def can_merge(policy: PeftModel) -> bool:

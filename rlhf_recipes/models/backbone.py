@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os.path
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_recipes.recipe.errors import RecipeError, loading, nearest
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import ModelSection
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,22 +40,26 @@ def safetensors_only() -> Iterator[None]:
         yield
 
 
-def load_backbone(recipe: Recipe) -> PreTrainedModel:
-    """The frozen causal LM of `model.path`.
+def load_backbone(section: ModelSection, path: str) -> PreTrainedModel:
+    """The frozen causal LM of the recipe's `model`.
+
+    Args:
+        path: where `model.path` lies, or a Hub id.
 
     Raises:
-        RecipeError: it is neither a folder nor to be had from the Hub, not in safetensors, or brings code that is not trusted.
+        RecipeError: it is neither a folder nor on the Hub, not in safetensors, or brings code that is not trusted.
     """
-    with loading(f"`model.path` {recipe.said(recipe.model.path)}"), safetensors_only():
-        model = pretrained(AutoModelForCausalLM, recipe.path(recipe.model.path), **loading_fields(recipe), **quantizing(recipe))
-    model.name_or_path = recipe.model.path  # adapters record it: the recipe's words, not this machine's path
+    found = "" if os.path.exists(path) else " (no folder beside the recipe or here, so a Hub id)"
+    with loading(f"`model.path` {section.path}{found}"), safetensors_only():
+        model = pretrained(AutoModelForCausalLM, path, **loading_fields(section), **quantizing(section))
+    model.name_or_path = section.path  # adapters record it: the recipe's words, not this machine's path
     # moved before anything shares its weights: a later move to the same device changes nothing, another would copy them
     model = model.requires_grad_(False).eval().to(PartialState().device)
     model.is_loaded_in_4bit = False  # see known_as_4bit
     for module in filter(is_4bit, model.modules()):
         # on such CPUs an evaluation would repack the weights, after which no gradient passes them
         module.support_avx512bf16_for_cpu = False
-    _check_weights(model, recipe)
+    _check_weights(model, section.dtype)
     return model
 
 
@@ -111,16 +116,19 @@ def hidden_width(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().in_features
 
 
-def loading_fields(recipe: Recipe) -> dict[str, Any]:
+def loading_fields(section: ModelSection) -> dict[str, Any]:
     """How `from_pretrained` loads a model of the recipe."""
-    dtype, attention = getattr(torch, recipe.model.dtype), recipe.model.attention
-    trusted = recipe.model.trust_remote_code  # never None: transformers would ask on standard input
-    return {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trusted}
+    trusted = section.trust_remote_code  # never None: transformers would ask on standard input
+    return {
+        "dtype": getattr(torch, section.dtype),
+        "attn_implementation": section.attention,
+        "trust_remote_code": trusted,
+    }
 
 
-def quantizing(recipe: Recipe) -> dict[str, Any]:
+def quantizing(section: ModelSection) -> dict[str, Any]:
     """How it quantises the backbone: as QLoRA does (Dettmers et al. 2023, arXiv 2305.14314), on this process's device."""
-    if recipe.model.quantization is None:
+    if section.quantization is None:
         return {}
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -163,23 +171,23 @@ def pretrained(auto_class: Any, path: str | Path, **kwargs: Any) -> PreTrainedMo
 
 
 @torch.no_grad()
-def _check_weights(model: PreTrainedModel, recipe: Recipe) -> None:
+def _check_weights(model: PreTrainedModel, dtype: str) -> None:
     logits = model(input_ids=torch.arange(4, device=model.device).unsqueeze(0)).logits
     if not logits.isfinite().all():
         raise RecipeError(
-            f"`model.path` {recipe.model.path}: its logits are not finite: the weights are damaged, or `model.dtype` "
-            f"{recipe.model.dtype} overflows"
+            f"`model.path` {model.name_or_path}: its logits are not finite: the weights are damaged, or `model.dtype` "
+            f"{dtype} overflows"
         )
 
 
-def build_backbone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_backbone(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A new, untrained causal LM of `model.architecture`, for `sft.from_scratch`."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    torch.manual_seed(recipe.run.seed)
+    torch.manual_seed(seed)
     with loading("`model.architecture`", "no such model can be built"):
-        config = AutoConfig.for_model(**(recipe.model.architecture or {}), **special)
+        config = AutoConfig.for_model(**architecture, **special)
         known = type(config)().to_dict()
-        for key in (recipe.model.architecture or {}).keys() & config.to_dict().keys() - known.keys():
+        for key in architecture.keys() & config.to_dict().keys() - known.keys():
             raise RecipeError(f"`model.architecture.{key}`: {type(config).__name__} would not read it{nearest(key, known)}")
         return AutoModelForCausalLM.from_config(config)
 

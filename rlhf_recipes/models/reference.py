@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class Reference(nn.Module):
@@ -53,3 +54,6 @@ class SyncedReference(Reference):
         finally:
             for (parameter, _), data in zip(self.adapter, now, strict=True):
                 parameter.data = data
+
+
+Policy = PreTrainedModel | PeftModel | Reference  # whoever gives a distribution over completions

@@ -7,7 +7,7 @@ from rlhf_recipes.models.adapters import with_new_adapter
 from rlhf_recipes.models.backbone import hidden_width
 from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import use_lean_lora
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import LoraSection
 
 
 class Score(nn.Linear):
@@ -42,11 +42,11 @@ class ValueAdapter(ValueHead):
         return self.trunk(**inputs, use_cache=False).last_hidden_state
 
 
-def build_value(recipe: Recipe, backbone: PreTrainedModel, kind: str) -> ValueHead:
+def build_value(kind: str, backbone: PreTrainedModel, lora: LoraSection) -> ValueHead:
     """The value function of `ppo.value`: "trunk" or "adapter" (call before the policy's adapters are injected)."""
     if kind == "trunk":
         return ValueHead(hidden_width(backbone))
-    model = with_new_adapter(build_classifier(backbone), recipe, "SEQ_CLS")
+    model = with_new_adapter(build_classifier(backbone), lora, "SEQ_CLS")
     use_lean_lora(model)
     trunk = model.get_base_model()
     return ValueAdapter(getattr(trunk, trunk.base_model_prefix), hidden_width(backbone))

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
 from rlhf_recipes.recipe.keys import NO_SECRETS, OWNER_OF, SECRET, without_effect
 from rlhf_recipes.recipe.names import meant
-from rlhf_recipes.recipe.sections import LORA_REFUSED, SECTIONS, Recipe, RewardTerm
+from rlhf_recipes.recipe.sections import LORA_REFUSED, REWARD_KINDS, SECTIONS, Recipe, RewardTerm
 from rlhf_recipes.recipe.stages import TRAINED
 from rlhf_recipes.recipe.values import coerce
 from rlhf_recipes.recipe.yaml_text import read_yaml
@@ -166,7 +166,7 @@ def _replace_reward(content: dict[str, Any], overrides: dict[str, Any]) -> None:
 
     What only a reward adapter can (`reward_baseline`) goes with it.
     """
-    kinds = ("adapter", "model", "function", "terms")
+    kinds = (*REWARD_KINDS, "terms")
     named = {kind for kind in kinds if overrides.get(f"reward.{kind}")}
     reward = content.get("reward")
     if not isinstance(reward, dict) or named <= {kind for kind in kinds if reward.get(kind)}:  # also where none is named

@@ -95,6 +95,13 @@ LORA_REFUSED = {
 }
 
 
+REWARD_KINDS = {  # each a key of RewardTerm and a module of rewards/; and the keys that this kind alone reads
+    "adapter": (),  # `read_eos` is also what scripts/reward.py trains an adapter to read
+    "model": ("label", "probability", "pair", "trust_remote_code", "max_length"),
+    "function": ("on_error",),
+}
+
+
 @dataclass(frozen=True)
 class RewardTerm:
     """One reward: an adapter on the backbone, a model of its own, or a function of task.py."""
@@ -113,20 +120,19 @@ class RewardTerm:
     on_error: Literal["stop", "skip"] = _key("where a function fails: stop the run, or leave the row out", "stop")
 
     @property
+    def kind(self) -> str:
+        """The kind that a term names; see `RewardSection.all_terms` for those that name none or several."""
+        return next(kind for kind in REWARD_KINDS if getattr(self, kind))
+
+    @property
     def function_name(self) -> str | None:
         """None without one."""
         return "reward" if self.function is True else self.function or None
 
     @property
     def title(self) -> str:
-        path = self.adapter or self.model or self.function_name or ""
+        path = self.function_name or str(getattr(self, self.kind))
         return self.name or path.rstrip("/").rsplit("/", 1)[-1]
-
-
-_ONLY_OF = {  # which kind of reward reads a key; `read_eos` is also what scripts/reward.py trains an adapter to read
-    **dict.fromkeys(("label", "probability", "pair", "trust_remote_code", "max_length"), "model"),
-    "on_error": "function",
-}
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,12 @@ class RewardSection(RewardTerm):
             terms = [_build_term(i, values) for i, values in enumerate(self.terms)]
         for i, term in enumerate(terms):
             where = "`reward`" if self.terms is None else f"`reward.terms[{i}]`"
-            sources = [key for key in ("adapter", "model", "function") if getattr(term, key)]
+            sources = [kind for kind in REWARD_KINDS if getattr(term, kind)]
             if len(sources) != 1:
-                named = " and ".join(sources) or "none"
-                raise RecipeError(f"{where} needs one of adapter, model and function, and names {named}")
-            for key, kind in _ONLY_OF.items():
-                if getattr(term, key) != RewardTerm.__dataclass_fields__[key].default and kind not in sources:
+                (*others, last), named = REWARD_KINDS, " and ".join(sources) or "none"
+                raise RecipeError(f"{where} needs one of {', '.join(others)} and {last}, and names {named}")
+            for kind, key in ((kind, key) for kind, keys in REWARD_KINDS.items() for key in keys if kind not in sources):
+                if getattr(term, key) != RewardTerm.__dataclass_fields__[key].default:
                     raise RecipeError(
                         f"{where[:-1]}.{key}` has no effect on {sources[0]}: it is of a reward `{kind}`; leave it out"
                     )

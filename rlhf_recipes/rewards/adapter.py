@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data.tokenizer import end_token_ids
-from rlhf_recipes.data.tokens import pad_left
 from rlhf_recipes.models.adapters import loading_adapter, with_saved_adapter
 from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import use_lean_lora
-from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.sections import Recipe, RewardTerm
+from rlhf_recipes.recipe.sections import RewardTerm
+from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rollouts.samples import Samples
 
 
@@ -34,15 +30,10 @@ class AdapterReward(nn.Module):
         super().__init__()
         self.model, self.ends, self.read_eos = model, tuple(ends), read_eos
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def score(self, samples: Samples) -> Tensor:
-        return self(*self._finished(samples))
+    def score(self, samples: Samples) -> tuple[Tensor, None]:
+        return self(*self._finished(samples)), None
 
     def prefix_score(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """`score`, and r of the text up to and with each position [batch, context + response]."""
         scores = self.prefix_scores(*self._finished(samples))
         return scores[:, -1], scores[:, : samples.sequences.shape[1]]
 
@@ -93,45 +84,20 @@ class AdapterReward(nn.Module):
         return self.model.get_base_model().score(hidden.float()).squeeze(-1)
 
 
-def load_adapter_reward(
-    recipe: Recipe, spec: RewardTerm, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> AdapterReward:
-    where, own = f"the reward's `adapter` {spec.adapter}", list(backbone.parameters())
+def load(term: RewardTerm, shared: Shared) -> AdapterReward:
+    """The adapter of `term`, over the backbone's own tensors.
+
+    Raises:
+        RecipeError: it cannot be loaded, does not fit the backbone, or would change its weights.
+    """
+    where, own = f"the reward's `adapter` {term.adapter}", list(shared.backbone.parameters())
     before = [(parameter.data_ptr(), parameter._version) for parameter in own]
-    with loading_adapter(where, recipe):
-        classifier = build_classifier(backbone)
-        model = with_saved_adapter(classifier, recipe.path(str(spec.adapter)))
+    with loading_adapter(where, shared.backbone):
+        model = with_saved_adapter(build_classifier(shared.backbone), shared.path(str(term.adapter)))
     if [(parameter.data_ptr(), parameter._version) for parameter in own] != before:
         raise RecipeError(
             f"{where}: it holds weights of the backbone's own (PEFT's `bias`, `save_embedding_layers` and such), which "
             f"every role shares; train it without"
         )
     use_lean_lora(model)
-    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
-    return AdapterReward(model.requires_grad_(False).eval(), ends, spec.read_eos)
-
-
-@torch.no_grad()
-def pairwise_accuracy(reward: AdapterReward, pairs: Dataset, batch_size: int) -> dict[str, float]:
-    """The share of held-out pairs whose chosen text scores higher: over all, and by `words` where the pairs have it.
-
-    Args:
-        reward: token ids [batch, tokens] -> scores [batch].
-        pairs: as `tokenize_pairs` makes them, perhaps with `words`.
-    """
-
-    def scores(rows: list[list[int]]) -> Tensor:
-        return reward(*(tensor.to(reward.device) for tensor in pad_left(rows, 0)))
-
-    correct: dict[str, list[bool]] = {"all": []}
-    pairs = pairs.sort("length")
-    for start in progress_bar(range(0, len(pairs), batch_size), desc="held-out pairs", leave=False):
-        batch = pairs[start : start + batch_size]
-        right = (scores(batch["chosen_ids"]) > scores(batch["rejected_ids"])).tolist()
-        correct["all"] += right
-        for words, is_right in zip(batch.get("words", []), right, strict=False):
-            correct.setdefault(f"{words} words", []).append(is_right)
-    return {name: sum(values) / len(values) for name, values in correct.items()}
-
-
-# --- the kinds of rewards ----------------------------------------------------------------------------------------
+    return AdapterReward(model.requires_grad_(False).eval(), shared.ends, term.read_eos)

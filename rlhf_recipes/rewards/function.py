@@ -4,27 +4,21 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_recipes.data.tokens import is_chat
-from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.sections import RewardTerm
+from rlhf_recipes.rewards.reward import RewardError, Shared
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.tasks import reward_arguments
 
-T = TypeVar("T")
 NO_TEMPLATE = "use a model that has one, or prompts of text"
-
-
-class RewardError(RecipeError):
-    """A python reward raised, or returned what is no score. `rows` are the completions that did it."""
-
-    rows: list[dict[str, Any]]
 
 
 class FunctionReward:
@@ -37,23 +31,23 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Any], on_error: Literal["stop", "skip"] = "stop") -> None:
         self.function, self.on_error = function, on_error
 
-    async def score(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Scores, NaN for None, and which rows failed; both [batch].
-
+    def score(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """
         Raises:
             RewardError: with `on_error: stop`, at an exception or a value that is no score.
             RecipeError: it has a parameter that nothing gives.
         """
         self._arguments(samples[:1])
         try:
-            returned = await self._call(samples)
+            returned = self._call(samples)
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything
-            returned = await self._one_by_one(samples, error)
-        complaints = [complaint(value) for value in returned]
+            returned = self._one_by_one(samples, error)
+        complaints = [_complaint(value) for value in returned]
         if self.on_error == "stop" and any(complaints):
             raise self._failure(samples, complaints)
-        scores = [math.nan if value is None or complaint(value) else float(value) for value in returned]
-        return torch.tensor(scores), torch.tensor([complaint is not None for complaint in complaints])
+        failed = [complaint is not None for complaint in complaints]
+        scores = [math.nan if value is None or lost else float(value) for value, lost in zip(returned, failed, strict=True)]
+        return torch.tensor(scores), torch.tensor(failed)
 
     def _arguments(self, samples: Samples) -> tuple[list[Any], dict[str, Any]]:
         completions: list[Any] = samples.texts
@@ -63,23 +57,23 @@ class FunctionReward:
         own = {"prompts": samples.prompts, "completions": completions, "completion_ids": ids}
         return reward_arguments(self.function, samples.columns | own)
 
-    async def _call(self, samples: Samples) -> list:
+    def _call(self, samples: Samples) -> list:
         arguments, named = self._arguments(samples)
-        if inspect.iscoroutinefunction(self.function):
-            returned = await self.function(*arguments, **named)
-        else:
-            returned = await asyncio.to_thread(self.function, *arguments, **named)
+        returned = self.function(*arguments, **named)
+        if inspect.iscoroutine(returned):
+            with ThreadPoolExecutor(1) as thread:  # which has no event loop yet: a notebook's own is running
+                returned = thread.submit(asyncio.run, returned).result()
         returned = list(returned)
         if len(returned) != len(samples):
             raise ValueError(f"returned {len(returned)} scores for {len(samples)} completions")
         return returned
 
-    async def _one_by_one(self, samples: Samples, error: Exception) -> list:
+    def _one_by_one(self, samples: Samples, error: Exception) -> list:
         """The scores of the rows that do not raise, and what those raise that do; `error` if that is none of them."""
         returned: list[Any] = []
         for i in range(len(samples)):
             try:
-                returned += await self._call(samples[i : i + 1])
+                returned += self._call(samples[i : i + 1])
             except Exception as own:  # noqa: BLE001 - a user's function may raise anything
                 returned.append(own)
         if not any(isinstance(value, Exception) for value in returned):
@@ -92,12 +86,10 @@ class FunctionReward:
             for prompt, text, complaint in zip(samples.prompts, samples.texts, complaints, strict=True)
             if complaint
         ]
-        failure = RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)")
-        failure.rows = rows
-        return failure
+        return RewardError(f"{rows[0]['what']} ({len(rows)} of {len(samples)} completions)", rows)
 
 
-def complaint(value: Any) -> str | None:
+def _complaint(value: Any) -> str | None:
     """What is wrong with a value that a reward returned; None if it is a score or None."""
     if value is None:
         return None
@@ -111,7 +103,5 @@ def complaint(value: Any) -> str | None:
         return f"returned {value!r}, which is no number"
 
 
-def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What `coroutine` returns, also where an event loop is running already, as in a notebook."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+def load(term: RewardTerm, shared: Shared) -> FunctionReward:
+    return FunctionReward(shared.function(str(term.function_name)), term.on_error)

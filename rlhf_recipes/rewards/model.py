@@ -10,8 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rlhf_recipes.data.tokens import Prompt, answered, is_chat, render, template_of
 from rlhf_recipes.models.backbone import pretrained, safetensors_only, tokens_without_row
 from rlhf_recipes.recipe.errors import RecipeError, loading
-from rlhf_recipes.recipe.sections import Recipe, RewardTerm
+from rlhf_recipes.recipe.sections import RewardTerm
 from rlhf_recipes.rewards.function import NO_TEMPLATE
+from rlhf_recipes.rewards.reward import Shared
 from rlhf_recipes.rollouts.samples import Samples
 
 
@@ -23,7 +24,7 @@ class ModelReward(nn.Module):
         probability: the softmax (of one label: sigmoid) instead of the logit.
         max_length: tokens; a longer text loses its beginning.
         pair: prompt and completion as the tokenizer's two segments instead of one text.
-        title: for what is said of it.
+        title: what messages call it.
     """
 
     def __init__(
@@ -41,9 +42,8 @@ class ModelReward(nn.Module):
         self.label, self.probability, self.max_length, self.pair = label, probability, max_length, pair
 
     @torch.no_grad()
-    def score(self, samples: Samples) -> Tensor:
-        """Scores, [batch].
-
+    def score(self, samples: Samples) -> tuple[Tensor, None]:
+        """
         Raises:
             RecipeError: its chat template does not take the messages, or there is none; or it cannot read the texts.
         """
@@ -57,7 +57,7 @@ class ModelReward(nn.Module):
             ) from error
         if self.probability:
             logits = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
-        return logits[:, self.label].to(samples.sequences.device)
+        return logits[:, self.label].to(samples.sequences.device), None
 
     def _tokenize(self, prompts: list[Prompt], texts: list[str], columns: dict[str, list] | None = None):
         padded = {"padding": True, "truncation": self.max_length is not None, "max_length": self.max_length}
@@ -87,17 +87,16 @@ class ModelReward(nn.Module):
         return self.tokenizer(prompt, text, truncation="only_first", max_length=self.max_length)
 
 
-def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
-    """A sequence classifier and its tokenizer.
+def load(term: RewardTerm, shared: Shared) -> ModelReward:
+    """The sequence classifier of `term` and its tokenizer.
 
     Raises:
         RecipeError: it cannot be loaded, or it has several labels and `label` names none of them.
     """
-    where, path = f"the reward's `model` {spec.model}", recipe.path(str(spec.model))
-    dtype, trusted = getattr(torch, recipe.model.dtype), spec.trust_remote_code
+    where, path, trusted = f"the reward's `model` {term.model}", shared.path(str(term.model)), term.trust_remote_code
     with loading(where, switch="reward.trust_remote_code"), safetensors_only():
-        model = pretrained(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trusted)
-    tokenizer = load_reward_tokenizer(recipe, spec)
+        model = pretrained(AutoModelForSequenceClassification, path, dtype=shared.dtype, trust_remote_code=trusted)
+    tokenizer = load_reward_tokenizer(term, path)
     if missing := tokens_without_row(tokenizer, model):
         raise RecipeError(
             f"{where}: its tokenizer has tokens for which its embedding has no row, such as {missing[0]!r}; resize the "
@@ -107,29 +106,27 @@ def load_model_reward(recipe: Recipe, spec: RewardTerm) -> ModelReward:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     labels = dict(model.config.id2label)
     by_name = {str(name): index for index, name in labels.items()}
-    label = next(iter(labels)) if spec.label is None and len(labels) == 1 else by_name.get(str(spec.label), spec.label)
+    label = next(iter(labels)) if term.label is None and len(labels) == 1 else by_name.get(str(term.label), term.label)
     if not isinstance(label, int) or label not in labels:
         named = ", ".join(f"{index} ({name})" for index, name in labels.items())
-        raise RecipeError(f"{where}: `label` {spec.label!r} is none of its labels: {named}")
-    longest = min(spec.max_length or tokenizer.model_max_length, readable_tokens(model))
-    own = tokenizer.num_special_tokens_to_add(pair=spec.pair)
+        raise RecipeError(f"{where}: `label` {term.label!r} is none of its labels: {named}")
+    longest = min(term.max_length or tokenizer.model_max_length, readable_tokens(model))
+    own = tokenizer.num_special_tokens_to_add(pair=term.pair)
     if longest <= own:
         raise RecipeError(f"{where}: reads {longest} tokens, of which {own} are its tokenizer's own; raise `max_length`")
     model = model.requires_grad_(False).eval().to(PartialState().device)
-    return ModelReward(model, tokenizer, label, spec.probability, longest, spec.pair, where)
+    return ModelReward(model, tokenizer, label, term.probability, longest, term.pair, where)
 
 
-def load_reward_tokenizer(recipe: Recipe, spec: RewardTerm) -> PreTrainedTokenizerBase:
-    """The tokenizer of a reward `model`.
+def load_reward_tokenizer(term: RewardTerm, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward `model`, which lies at `path`.
 
     Raises:
         RecipeError: it cannot be loaded, or has no token to pad with.
     """
-    where, sides = f"the reward's `model` {spec.model}", {"truncation_side": "left", "padding_side": "right"}  # right suits any
+    where, sides = f"the reward's `model` {term.model}", {"truncation_side": "left", "padding_side": "right"}  # right suits any
     with loading(where, switch="reward.trust_remote_code"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            recipe.path(str(spec.model)), **sides, trust_remote_code=spec.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **sides, trust_remote_code=term.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -1,34 +1,31 @@
-"""Rewards: what is maximised, one number a completion, a weighted sum of reward models and python functions.
+"""What is maximised: one number a completion, the weighted sum of the recipe's rewards.
 
     r(x, y) = clip( sum_i w_i (r_i(x, y) - m_i) / s_i ) - length_penalty * tokens - missing_eos_penalty * [no eos]
 
-m_i and s_i are the mean and deviation of r_i over the reference's completions of training prompts with
+m_i and s_i are the mean and standard deviation of r_i over the reference's completions of training prompts with
 `reward.normalize`, else 0 and 1.
 """
 
-import asyncio
+import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.sections import Recipe
-from rlhf_recipes.rewards.adapter import AdapterReward, load_adapter_reward
-from rlhf_recipes.rewards.function import FunctionReward, RewardError, run_async
-from rlhf_recipes.rewards.model import load_model_reward
+from rlhf_recipes.recipe.sections import RewardSection
+from rlhf_recipes.rewards.adapter import AdapterReward
+from rlhf_recipes.rewards.reward import PrefixReward, Reward, RewardError, Shared
 from rlhf_recipes.rollouts.samples import Samples
-from rlhf_recipes.tasks import load_task, task_function
 
 
 @dataclass
 class Scores:
-    """What the rewards say of a batch.
+    """The rewards of a batch.
 
     total: r(x, y), [batch]; 0 where not valid
     valid: false where no reward has an opinion, or one failed with `on_error: skip`: such a row is not learned from, [batch]
@@ -54,14 +51,11 @@ class Scores:
         return metrics | {f"rewards/{name}": values.float().mean() for name, values in self.parts.items()}
 
 
-# --- their sum ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Term:
-    """One reward of the sum; normalised as (score - mean) / deviation."""
+    """One reward of the sum; normalised with mean and standard deviation."""
 
-    scorer: Any  # AdapterReward, ModelReward or FunctionReward
+    scorer: Reward
     weight: float = 1.0
     mean: float = 0.0
     deviation: float = 1.0
@@ -75,7 +69,6 @@ class Rewards(nn.Module):
 
     Args:
         terms: by name.
-        folder: where completions that a python reward failed on are written; None writes none.
     """
 
     def __init__(
@@ -89,37 +82,34 @@ class Rewards(nn.Module):
         self.terms = terms
         self.clip, self.length_penalty, self.missing_eos_penalty = clip, length_penalty, missing_eos_penalty
         self.models = nn.ModuleList([term.scorer for term in terms.values() if isinstance(term.scorer, nn.Module)])
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # where completions that a reward failed on are written
 
     @property
     def adapter(self) -> AdapterReward | None:
-        """The reward adapter where it is all there is, unshaped."""
+        """The reward adapter where it is all there is."""
         [term, *others] = self.terms.values()
-        shaped = others or self.clip or self.length_penalty or (term.weight, term.mean, term.deviation) != (1, 0, 1)
-        return None if shaped or not isinstance(term.scorer, AdapterReward) else term.scorer
+        return term.scorer if isinstance(term.scorer, AdapterReward) and not others else None
 
     @torch.no_grad()
     def forward(self, samples: Samples, batch_size: int | None = None, prefix: bool = False) -> Scores:
         """Scores completions.
 
         Args:
-            batch_size: rows that a model reads at a time; a function gets all of them at once.
+            batch_size: rows that a model reads at a time; others get all of them at once.
             prefix: fill `Scores.prefix`.
 
         Raises:
             RewardError: see `FunctionReward`.
         """
         device = samples.sequences.device
-        functions = {name: term.scorer for name, term in self.terms.items() if isinstance(term.scorer, FunctionReward)}
-        failed = torch.zeros(len(samples), dtype=torch.bool)
-        answers = run_async(self._ask(functions, samples)) if functions else []
-        raw, prefix_sum = self._read_models(samples, batch_size or len(samples), prefix)
-        for name, (scores, failures) in zip(functions, answers, strict=True):
-            raw[name] = scores.to(device)
-            failed |= failures
+        answers = self._ask(samples)
+        raw, prefix_sum = self._read(samples, batch_size or len(samples), prefix)
+        raw |= {name: scores.to(device) for name, (scores, _) in answers.items()}
         raw = {name: raw[name] for name in self.terms}  # in the recipe's order
         shaped = torch.stack([term.shaped(raw[name]) for name, term in self.terms.items()])
-        valid = ~shaped.isnan().all(0) & ~failed.to(device)
+        valid = ~shaped.isnan().all(0)
+        for _, failed in answers.values():
+            valid = valid if failed is None else valid & ~failed.to(device)
         total = shaped.nansum(0)
         parts: dict[str, Tensor] = {}
         if self.clip is not None:
@@ -131,26 +121,27 @@ class Rewards(nn.Module):
         if self.missing_eos_penalty is not None:
             parts["missing_eos_penalty"] = self.missing_eos_penalty * ~samples.ended
             total = total - parts["missing_eos_penalty"]
-        if functions:
+        if answers:
             parts["skipped"] = ~valid
         return Scores(total.masked_fill(~valid, 0), valid, raw, parts, prefix_sum)
 
-    async def _ask(self, functions: dict[str, FunctionReward], samples: Samples) -> list[tuple[Tensor, Tensor]]:
-        """All functions' answers, waited for at the same time."""
+    def _ask(self, samples: Samples) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The answers of the rewards that are no modules, waited for at the same time."""
+        names = [name for name, term in self.terms.items() if not isinstance(term.scorer, nn.Module)]
+        if not names:
+            return {}
+        _ = samples.texts  # decoded once, before several threads read it
 
-        async def ask(name: str) -> tuple[Tensor, Tensor]:
+        def ask(name: str) -> tuple[Tensor, Tensor | None]:
             try:
-                return await functions[name].score(samples)
+                return self.terms[name].scorer.score(samples)
             except RewardError as failure:
                 where = self._write(name, failure)
-                rows = failure.rows
-                failure = RewardError(
-                    f"the reward `{name}` failed: {failure}{where}; `on_error: skip` would leave such rows out"
-                )
-                failure.rows = rows
-                raise failure from None
+                message = f"the reward `{name}` failed: {failure}{where}; `on_error: skip` would leave such rows out"
+                raise RewardError(message, failure.rows) from None
 
-        return await asyncio.gather(*map(ask, functions))
+        with ThreadPoolExecutor(len(names)) as threads:
+            return dict(zip(names, threads.map(ask, names), strict=True))
 
     def _write(self, name: str, failure: RewardError) -> str:
         if self.folder is None:
@@ -159,22 +150,22 @@ class Rewards(nn.Module):
         file.write_text(json.dumps(failure.rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return f"; prompt and completion are in {file}"
 
-    def _read_models(self, samples: Samples, batch_size: int, prefix: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Each model's own scores; and, if asked for, the adapters' shaped sum at every position."""
+    def _read(self, samples: Samples, batch_size: int, prefix: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Each module's own scores; and, if asked for, the shaped sum at every position of those that read prefixes."""
         raw: dict[str, Tensor] = {}
         prefix_sum = torch.zeros(samples.sequences.shape, device=samples.sequences.device) if prefix else None
         for name, term in self.terms.items():
-            if isinstance(term.scorer, FunctionReward):
+            if not isinstance(term.scorer, nn.Module):
                 continue
             parts = []
             for at in range(0, len(samples), batch_size):
                 rows = slice(at, at + batch_size)
-                if prefix_sum is not None and isinstance(term.scorer, AdapterReward):
+                if prefix_sum is not None and isinstance(term.scorer, PrefixReward):
                     scores, prefixes = term.scorer.prefix_score(samples[rows])
                     prefix_sum[rows] += term.shaped(prefixes)
-                    parts.append(scores)
                 else:
-                    parts.append(term.scorer.score(samples[rows]))
+                    scores, _ = term.scorer.score(samples[rows])
+                parts.append(scores)
             raw[name] = torch.cat(parts)
             lost = int((~raw[name].isfinite()).sum())
             if lost:  # NaN would read as "no opinion"
@@ -185,16 +176,10 @@ class Rewards(nn.Module):
         return raw, prefix_sum
 
 
-def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rewards:
+def load_rewards(section: RewardSection, shared: Shared) -> Rewards:
     """The recipe's `reward`: adapters over the backbone's frozen weights, models of their own, functions of task.py."""
     terms = {}
-    for spec in recipe.reward.all_terms():
-        if spec.adapter:
-            scorer: Any = load_adapter_reward(recipe, spec, backbone, tokenizer)
-        elif spec.model:
-            scorer = load_model_reward(recipe, spec)
-        else:
-            scorer = FunctionReward(task_function(load_task(recipe), str(spec.function_name)), spec.on_error)
-        terms[spec.title] = Term(scorer, spec.weight)
-    section = recipe.reward
+    for term in section.all_terms():
+        kind = importlib.import_module(f"{__package__}.{term.kind}")
+        terms[term.title] = Term(kind.load(term, shared), term.weight)
     return Rewards(terms, section.clip, section.length_penalty, section.missing_eos_penalty)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_recipes.models.logprobs import Head, token_statistics
-from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.models.reference import Policy, Reference
 
 
 def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Head]:
@@ -53,7 +53,7 @@ def predicting_inputs(sequences: Tensor, attention: Tensor) -> dict[str, Tensor]
 
 
 def response_forward(
-    policy: PreTrainedModel | PeftModel | Reference,
+    policy: Policy,
     sequences: Tensor,
     attention: Tensor,
     context_length: int,

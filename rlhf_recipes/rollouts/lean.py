@@ -13,85 +13,61 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_recipes.data.tokenizer import Ends
 from rlhf_recipes.models.adapters import can_merge, merged_adapters
-from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.models.reference import Policy, Reference
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.rollouts.forward import model_inputs, trunk_and_head
+from rlhf_recipes.rollouts.sampler import Sampled
 
 
 @dataclass
-class Sampled:
-    """Completions as they were drawn.
-
-    sequences: token ids of prompt + completion, [batch, context + response]
-    attention: which of them are tokens and not padding, [batch, context + response]
-    logprobs: log pi of each token as it was drawn, zero where there is none, [batch, response]
-    ended: whether a completion has an end, [batch]
-    """
-
-    sequences: Tensor
-    attention: Tensor
-    logprobs: Tensor
-    ended: Tensor
-
-    @classmethod
-    def joined(cls, parts: "list[Sampled]") -> "Sampled":
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
-
-
-@torch.no_grad()
-def sample_completions(
-    policy: PreTrainedModel | PeftModel | Reference,
-    queries: Tensor,
-    attention: Tensor,
-    ends: Ends,
-    max_new_tokens: int,
-    temperature: float,
-) -> Sampled:
-    """Samples one completion a row from softmax(logits / temperature); no top-k, no top-p, no scores kept.
+class LeanSampler:
+    """A `Sampler` in this process, over the weights that are trained.
 
     The same distribution as `model.generate(do_sample=True, top_k=0)`, in less time: the output embedding sees one position
     a row, and a token costs one random number a row where `torch.multinomial` draws one for every word of the vocabulary.
-
-    Args:
-        policy: a float32 LoRA policy's adapters are merged meanwhile.
-        queries: token ids padded on the left, [batch, context].
-        attention: which of them are tokens, [batch, context].
+    A float32 LoRA policy's adapters are merged meanwhile.
     """
-    batch = len(queries)
-    responses = queries.new_full((batch, max_new_tokens), ends.pad)
-    drawn = torch.zeros(batch, max_new_tokens, dtype=torch.bool, device=queries.device)
-    logprobs = torch.zeros(batch, max_new_tokens, device=queries.device)
-    mask = attention.bool()
-    inputs: dict[str, Any] = model_inputs(queries, mask)
-    ended = torch.zeros(batch, dtype=torch.bool, device=queries.device)
-    with _speaking(policy) as model:
-        trunk, head = trunk_and_head(model)
-        cache = "cache_params" if "cache_params" in inspect.signature(trunk.forward).parameters else "past_key_values"
-        past: dict[str, Any] = {}  # the model makes the cache that suits it
-        for t in range(max_new_tokens):
-            output = trunk(**inputs, **past, use_cache=True)
-            past = {cache: getattr(output, cache, None)}
-            if past[cache] is None:
-                raise RecipeError(f"{type(trunk).__name__} hands over no cache to sample with; use another backbone")
-            probabilities = torch.softmax(head(output.last_hidden_state[:, -1]) / temperature, dim=-1)
-            tokens = sample_tokens(probabilities)
-            logprobs[:, t] = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0)
-            responses[:, t] = tokens = tokens.masked_fill(ended, ends.pad)
-            drawn[:, t] = ~ended
-            ended = ended | ends.reached(responses[:, : t + 1])
-            if ended.all():
-                break
-            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
-            inputs = {
-                "input_ids": tokens.unsqueeze(1),
-                "attention_mask": mask if cache == "past_key_values" else None,  # a recurrent state holds no padding
-                "position_ids": inputs["position_ids"][:, -1:] + 1,
-            }
-    return Sampled(torch.cat([queries, responses], 1), torch.cat([attention.bool(), drawn], 1), logprobs, ended)
+
+    ends: Ends
+    length: int
+    temperature: float
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy, queries: Tensor, attention: Tensor, length: int | None = None) -> Sampled:
+        batch, length = len(queries), min(self.length, length or self.length)
+        responses = queries.new_full((batch, length), self.ends.pad)
+        drawn = torch.zeros(batch, length, dtype=torch.bool, device=queries.device)
+        logprobs = torch.zeros(batch, length, device=queries.device)
+        mask = attention.bool()
+        inputs: dict[str, Any] = model_inputs(queries, mask)
+        ended = torch.zeros(batch, dtype=torch.bool, device=queries.device)
+        with _speaking(policy) as model:
+            trunk, head = trunk_and_head(model)
+            cache = "cache_params" if "cache_params" in inspect.signature(trunk.forward).parameters else "past_key_values"
+            past: dict[str, Any] = {}  # the model makes the cache that suits it
+            for t in range(length):
+                output = trunk(**inputs, **past, use_cache=True)
+                past = {cache: getattr(output, cache, None)}
+                if past[cache] is None:
+                    raise RecipeError(f"{type(trunk).__name__} hands over no cache to sample with; use another backbone")
+                probabilities = torch.softmax(head(output.last_hidden_state[:, -1]) / self.temperature, dim=-1)
+                tokens = sample_tokens(probabilities)
+                logprobs[:, t] = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0)
+                responses[:, t] = tokens = tokens.masked_fill(ended, self.ends.pad)
+                drawn[:, t] = ~ended
+                ended = ended | self.ends.reached(responses[:, : t + 1])
+                if ended.all():
+                    break
+                mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+                inputs = {
+                    "input_ids": tokens.unsqueeze(1),
+                    "attention_mask": mask if cache == "past_key_values" else None,  # a recurrent state holds no padding
+                    "position_ids": inputs["position_ids"][:, -1:] + 1,
+                }
+        return Sampled(torch.cat([queries, responses], 1), torch.cat([attention.bool(), drawn], 1), logprobs, ended)
 
 
 def sample_tokens(probabilities: Tensor) -> Tensor:
@@ -103,7 +79,7 @@ def sample_tokens(probabilities: Tensor) -> Tensor:
 
 
 @contextmanager
-def _speaking(policy: PreTrainedModel | PeftModel | Reference) -> Iterator[Any]:
+def _speaking(policy: Policy) -> Iterator[Any]:
     """Gives the model to generate with, in evaluation mode: gradient checkpointing would switch its cache off.
 
     Adapters are merged in float32 only; a half-precision W swallows a small BA.

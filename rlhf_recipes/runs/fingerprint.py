@@ -20,7 +20,7 @@ import yaml
 from rlhf_recipes.data.pair_files import FILE, pairs_file
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import Recipe, RewardTerm
+from rlhf_recipes.recipe.sections import REWARD_KINDS, Recipe, RewardTerm
 from rlhf_recipes.recipe.stages import STAGES, Stage
 
 RESOLVED = "recipe.resolved.yaml"
@@ -32,11 +32,7 @@ SUMMARY = "summary.json"
 PAIRS = "pairs"  # the kind of term that a policy of given pairs maximises
 _READ_WHOLE = 64 * 2**20  # bytes; of larger files the ends and _SAMPLES places between them
 _SAMPLES, _SAMPLE = 64, 2**16
-_TERM_KEYS = {
-    "adapter": ("read_eos",),
-    "model": ("label", "probability", "pair", "max_length"),
-    "function": (),
-}
+_NO_MATTER = ("trust_remote_code", "on_error")  # keys that change no score
 
 
 def fingerprint(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -77,13 +73,14 @@ def _reward(recipe: Recipe) -> dict[str, Any]:
 
 
 def _term(recipe: Recipe, term: RewardTerm) -> dict[str, Any]:
-    kind = next(kind for kind in _TERM_KEYS if getattr(term, kind))
+    kind = term.kind
     path = str(term.function_name if kind == "function" else getattr(term, kind))
     if kind == "function":
         content: str | None = source_hash(recipe.folder / "task.py", path)
     else:
         content = weights_hash(Path(recipe.path(path)))
-    settings = {key: getattr(term, key) for key in _TERM_KEYS[kind]}
+    keys = ("read_eos",) if kind == "adapter" else REWARD_KINDS[kind]
+    settings = {key: getattr(term, key) for key in keys if key not in _NO_MATTER}
     return {"kind": kind, "path": path, "content": content, "weight": term.weight, **settings}
 
 
