@@ -20,7 +20,6 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.checks.models import examine, examine_judged
     from rlhf_recipes.data.datasets import tokenize_prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.evaluation.exact import enumerate_policy
     from rlhf_recipes.evaluation.judging import complete, prepare_rewards, side_by_side
     from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
     from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
@@ -47,21 +46,18 @@ def main(recipe: Recipe) -> dict:
     for note in notes:
         run.say(note)
     prepare_rewards(roles, task, run)
-    judged, exact = {}, {}
+    judged = {}
     for policy in policies:
         if policy.best_of is None:
             k = section.completions if policy.folder else section.reference_completions
             with judged_policy(policy.folder, roles, recipe) as model:
                 judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
-                if section.exact:
-                    exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)
 
-    evaluation = evaluation_of(judged, policies, recipe, notes) | ({"exact": exact} if exact else {})
+    evaluation = evaluation_of(judged, policies, recipe, notes)
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
     run.write_lines("samples.jsonl", rows)
-    if run.tracker is not None:
-        run.tracker.table("samples", rows)
+    run.trackers.table("samples", rows)
     if run.main:
         print_samples(rows[: section.samples], list(judged))
         print_evaluation(evaluation)

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import datasets
 import pytest
 
 from rlhf_recipes import environment, process
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import followed
-from rlhf_recipes.runs import folder
+from rlhf_recipes.recipe.sections import RunSection, followed
+from rlhf_recipes.runs import folder, trackers
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.trackers import Tracker, _project
+from rlhf_recipes.runs.trackers import TRACKERS, Tracked, Trackers, _project
 from rlhf_recipes.tasks import load_dataset, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,13 +342,34 @@ def test_threads_that_wait_sleep_unless_told_otherwise(variables, policy, monkey
 
 
 def test_wandbs_variables(tiny, tmp_path, monkeypatch):
-    recipe, own = load_recipe(tiny, {"run.tracker": "wandb"}), load_recipe(tiny, {"run.project": "own"})
-    assert (_project(recipe), _project(own)) == ("rlhf-recipes", "own")
+    default, own = (load_recipe(tiny, overrides).run.project for overrides in ({}, {"run.project": "own"}))
+    assert (_project(default), _project(own)) == ("rlhf-recipes", "own")
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    assert (_project(recipe), _project(own)) == ("theirs", "own")
+    assert (_project(default), _project(own)) == ("theirs", "own")
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    Tracker(recipe, "ppo", tmp_path).log({"x": 1})
+    disabled = Trackers()
+    disabled.start("wandb", Tracked(default, "tiny", "ppo", tmp_path, {}))
+    disabled.log({"x": 1}, step=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_name_of_run_tracker_is_a_tracker_and_one_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    assert set(get_args(get_type_hints(RunSection)["tracker"])) == set(TRACKERS)
+    logged = []
+
+    def broken(*args):
+        raise OSError("no server")
+
+    good = SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)), finish=logged.append)
+    flaky = SimpleNamespace(log=broken, finish=logged.append)
+    monkeypatch.setattr(trackers, "TRACKERS", {"good": lambda run: good, "flaky": lambda run: flaky, "absent": broken})
+    together = Trackers()
+    for name in ("flaky", "absent", "good"):
+        together.start(name, Tracked("project", "group", "ppo", tmp_path, {}))
+    together.log({"x": 1}, step=2)
+    together.finish({"done": True})
+    assert logged == [({"x": 1}, 2), {"done": True}]
+    assert capsys.readouterr().err == "absent: switched off (no server)\nflaky: no server; going on without it\n"
 
 
 def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeypatch, capsys, tmp_path):

@@ -104,7 +104,7 @@ def stage_config(config_class: type, recipe: Recipe, section: str, output_dir: P
     values = {
         "output_dir": str(output_dir),
         "seed": recipe.run.seed,
-        "report_to": "none",  # runs/trackers.py logs to wandb itself, under TRL's metric names
+        "report_to": "none",  # runs/trackers.py logs, under TRL's metric names
         "bf16": bfloat16,  # TRL's default is true whatever the model's dtype
         "use_cpu": not torch.cuda.is_available(),  # else transformers refuses bf16 there
         **shared,

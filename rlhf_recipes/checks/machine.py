@@ -34,8 +34,6 @@ def check(recipe: Recipe, stage: str) -> None:
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     check_run_folder(recipe, stage)
-    if recipe.evaluate.exact and recipe.objective.beta == 0 and stage == "evaluate":
-        raise RecipeError("`evaluate.exact` divides by `objective.beta`, which is 0")
     if stage == "report":  # loads no weights
         return
     if recipe.lora.init_lora_weights is False:

@@ -224,8 +224,7 @@ def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) ->
     del metrics["reference"]["kl"]  # zero by definition
     rows = side_by_side(prompts, judged)
     run.write_lines("samples.jsonl", rows)
-    if run.tracker is not None:
-        run.tracker.table("samples", rows)
+    run.trackers.table("samples", rows)
     run.log({f"eval/{name}": value for name, value in metrics["policy"].items()}, step=run.last_step + 1)
     shown = rows[: recipe.evaluate.samples]
     summary = run.finish({"prompts": len(prompts), **metrics}, card=markdown_samples(shown))

@@ -259,7 +259,6 @@ class EvaluateSection:
     samples: Positive = _key("side-by-side samples in the closing table", 10)
     completions: Positive = _key("completions of each prompt by each policy (scripts/evaluate.py)", 8)
     reference_completions: Positive = _key("of the reference: they also give best-of-n and the estimate of the optimum", 64)
-    exact: bool = _key("scripts/evaluate.py also enumerates every completion: for laboratories like recipes/lab", False)
     policies: list[str] | None = _key(
         "what scripts/evaluate.py judges: `reference`, `best-of-N`, and [NAME=]FOLDER of an adapter or a full model; "
         "default: the reference, best-of-4, 16 and 64, and the latest run of each policy stage",

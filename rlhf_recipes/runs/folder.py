@@ -28,7 +28,7 @@ from rlhf_recipes.recipe.sections import LATEST, Recipe
 from rlhf_recipes.runs.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.runs.fingerprint import RESOLVED, RUN, SUMMARY, fingerprint
 from rlhf_recipes.runs.resume import read_run, task_hash
-from rlhf_recipes.runs.trackers import Tracker
+from rlhf_recipes.runs.trackers import Tracked, Trackers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Finding:
         return f"{self.name}: {self.evidence}. {self.advice}"
 
 
-# Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
+# Timings go to the trackers and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
 _TIMINGS = ("eps", "total_flos", "seconds")
 _TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
 # Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
@@ -60,7 +60,7 @@ class Run:
     stage: str
     folder: Path
     main: bool
-    tracker: Tracker | None = None
+    trackers: Trackers = field(default_factory=Trackers)  # started on the main process
     started: float = field(default_factory=time.perf_counter)
     last_step: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -102,8 +102,11 @@ class Run:
         stop_together(failure)
         [folder] = broadcast_object_list([str(self.folder)])
         self.folder = Path(folder)
-        identity = read_run(self.folder).get("wandb") if self.main else None
-        self.tracker = Tracker(self.recipe, self.stage, self.folder, enabled=self.main, identity=identity)
+        if self.main:
+            recipe, identity = self.recipe, read_run(self.folder).get("wandb")
+            group = recipe.run.group or recipe.task
+            tracked = Tracked(recipe.run.project, group, self.stage, self.folder, recipe.to_dict(), identity)
+            self.trackers.start(recipe.run.tracker, tracked)
         self.started = time.perf_counter()
 
     def _make_folder(self) -> None:
@@ -204,12 +207,11 @@ class Run:
     # --- what a run writes ---------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """One line of metrics.jsonl (and of timing.jsonl), and the same to wandb."""
+        """One line of metrics.jsonl (and of timing.jsonl), and the same to the trackers."""
         self.last_step = step
         if not self.main:
             return
-        if self.tracker is not None:
-            self.tracker.log(metrics, step=step)
+        self.trackers.log(metrics, step)
         timing = {k: v for k, v in metrics.items() if k in _TIMINGS or k.endswith(_TIMING_ENDS)}
         self.write_lines("metrics.jsonl", [{"step": step, **{k: v for k, v in metrics.items() if k not in timing}}])
         if timing:
@@ -258,12 +260,11 @@ class Run:
             print(line)
 
     def found(self, finding: Finding, step: int) -> None:
-        """Says what goes wrong: in the terminal, as a wandb alert, and in the summary."""
+        """Says what goes wrong: in the terminal, as an alert of the trackers, and in the summary."""
         self.findings.append(finding)
         if self.main:
             tqdm.write(f"step {step}: {finding}", file=sys.stderr)
-        if self.tracker is not None:
-            self.tracker.alert(finding.name, f"step {step}: {finding.evidence}. {finding.advice}")
+        self.trackers.alert(finding.name, f"step {step}: {finding.evidence}. {finding.advice}")
 
     def finish(self, summary: dict[str, Any], card: str = "") -> dict[str, Any]:
         """Writes summary.json = {task, stage, seed, beta, seconds, **summary} and the model card, and returns it."""
@@ -280,8 +281,7 @@ class Run:
             summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")
-            if self.tracker is not None:
-                self.tracker.finish(summary)
+            self.trackers.finish(summary)
             self.write_json(SUMMARY, summary)  # the last of all: a run that has it is finished
             print(f"{self.stage}: {self.folder}")
         if self._lock is not None:
