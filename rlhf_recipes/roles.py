@@ -40,7 +40,7 @@ class Roles:
     """The four roles of RLHF, and what they share.
 
     backbone: without any adapter; modules of its own over the very same weights.
-    ends: where a completion ends.
+    ends, length, temperature: where a completion ends, at the latest after how many tokens, and at what it is sampled.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +50,8 @@ class Roles:
     reward: Rewards
     backbone: PreTrainedModel
     ends: Ends
+    length: int
+    temperature: float
 
 
 def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str = "trunk") -> Roles:
@@ -65,7 +67,9 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
     torch.manual_seed(recipe.run.seed)
     policy = with_new_adapter(shared_copy(backbone), recipe, "CAUSAL_LM")
     use_lean_lora(policy)
-    return Roles(tokenizer, policy, Reference(policy), value_role, reward, backbone, load_ends(recipe, tokenizer))
+    ends = load_ends(tokenizer, recipe.path(recipe.model.path), recipe.sampling.stop)
+    length, temperature = recipe.data.max_completion_tokens, recipe.sampling.temperature
+    return Roles(tokenizer, policy, Reference(policy), value_role, reward, backbone, ends, length, temperature)
 
 
 def load_policy_adapter(backbone: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:

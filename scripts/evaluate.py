@@ -24,15 +24,16 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
     from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
     from rlhf_recipes.roles import build_roles, judged_policy
+    from rlhf_recipes.runs.fingerprint import fingerprint
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
-    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
     section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
     gold = optional_gold(task, prompts)
-    policies = policies_to_judge(recipe)
-    notes = [*left_out(recipe), *trained_for_others(policies, recipe)]
+    policies, judged_by = policies_to_judge(section, recipe.runs, recipe.folder), fingerprint(recipe, "evaluate")
+    notes = [*left_out(section, recipe.runs), *trained_for_others(policies, judged_by)]
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
@@ -51,9 +52,9 @@ def main(recipe: Recipe) -> dict:
         if policy.best_of is None:
             k = section.completions if policy.folder else section.reference_completions
             with judged_policy(policy.folder, roles, recipe) as model:
-                judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
+                judged[policy.name] = complete(model, roles, prompts, recipe.run.seed, section.batch_size, gold, policy.name, k)
 
-    evaluation = evaluation_of(judged, policies, recipe, notes)
+    evaluation = evaluation_of(judged, policies, recipe.objective.beta, section, judged_by, notes)
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
     run.write_lines("samples.jsonl", rows)

@@ -50,7 +50,7 @@ def test_no_cache_is_read_or_left_in_a_recipes_folder(tiny, tmp_path, monkeypatc
     )
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    task = load_task(load_recipe(folder))
+    task = load_task(folder)
     assert (task.GOOD, task.word()) == (["great"], "fine")
     assert not list(folder.rglob("__pycache__"))
     for name in ("helpers", "helpers.deep", "helpers.deep.words", "later"):
@@ -410,12 +410,12 @@ def test_one_process_of_several_prints_the_dry_run(rank, lines, tiny, tmp_path, 
 def test_a_dataset_in_a_folder_that_may_not_be_written_to_is_read(tiny, tmp_path, monkeypatch):
     place, data = shutil.copytree(tiny, tmp_path / "tiny"), tmp_path / "data"
     code = f"\nfrom datasets import load_from_disk\ndef load_preferences(split): return load_from_disk({str(data)!r})\n"
-    load_dataset(load_task(load_recipe(place)), "load_preferences", "train").save_to_disk(data)
+    load_dataset(load_task(place), "load_preferences", "train").save_to_disk(data)
     (place / "task.py").write_text((place / "task.py").read_text() + code)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data and access(path, mode))
     try:
-        pairs = load_dataset(load_task(load_recipe(place)), "load_preferences", "train").map(lambda row: {"more": 1})
+        pairs = load_dataset(load_task(place), "load_preferences", "train").map(lambda row: {"more": 1})
         assert pairs["more"][:] == [1] * 48
         assert not list(data.glob("cache-*"))
     finally:

@@ -32,8 +32,8 @@ LAB = Path(__file__).resolve().parent.parent / "recipes" / "lab"
 def lab():
     """Recipe, roles with a policy away from the reference, and the eight prompts."""
     recipe = load_recipe(LAB)
-    tokenizer = load_tokenizer(recipe)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), tokenizer, 2)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), tokenizer, 2)
     roles = build_roles(recipe, tokenizer)
     for name, p in roles.policy.named_parameters():
         if "lora_B" in name:
@@ -66,7 +66,7 @@ def test_kl_estimates_agree_with_the_enumeration(lab):
     exact = enumerate_policy(roles.policy, roles, prompts, 3, 1.0)
     kl = kl_divergence(exact.log_pi, exact.log_ref).mean().item()
     assert kl > 0.05
-    judged = complete(roles.policy, roles, prompts, recipe, samples=2000)
+    judged = complete(roles.policy, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size, samples=2000)
     for estimate in (judged.kl, judged.kl_k3):
         error = estimate.std().item() / estimate.numel() ** 0.5
         assert estimate.mean().item() == pytest.approx(kl, abs=4 * error)
@@ -82,7 +82,7 @@ def test_the_estimated_optimum_and_frontier_agree_with_the_enumeration(lab, prop
     recipe, roles, prompts = lab
     exact = enumerate_policy(roles.policy, roles, prompts, 3, 1.0)
     model = roles.reference if proposal == "reference" else roles.policy
-    judged = complete(model, roles, prompts, recipe, samples=4000)
+    judged = complete(model, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size, samples=4000)
     for beta in (0.5, 1.0, 3.0):
         estimate, size = estimate_optimal_objective(judged.reward, beta, judged.kl)
         optimum = optimal_objective(exact.log_ref, exact.rewards, beta)
@@ -96,7 +96,7 @@ def test_the_estimated_optimum_and_frontier_agree_with_the_enumeration(lab, prop
 
 def test_what_cannot_be_enumerated_is_refused(tiny, roles, lab):
     recipe = load_recipe(tiny)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=1)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), roles.tokenizer, 24, limit=1)
     with pytest.raises(RecipeError, match="it is for laboratories"):
         enumerate_policy(roles.policy, roles, prompts, recipe.data.max_completion_tokens, 1.0)
     with pytest.raises(RecipeError, match="can also sample pad or bos"):
@@ -143,7 +143,7 @@ PYTHON = {"reward.adapter": None, "reward.function": True}
 def test_a_python_reward_is_enumerated_with_its_prompt(lab):
     _, _, prompts = lab
     recipe = load_recipe(LAB, PYTHON)
-    roles = build_roles(recipe, load_tokenizer(recipe))
+    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
     exact = enumerate_policy(roles.reference, roles, prompts, 3, 1.0)
     assert exact.rewards.amax(1).tolist() == [3.0] * 8  # three times the next letter
     assert exact.rewards.amin(1).tolist() == [-1.5] * 8
@@ -166,7 +166,7 @@ def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     times, fraction = (15, 0.93) if "ppo.kl_loss" in keys else (20, 0.97)
     run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
     recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
-    roles = build_roles(recipe, load_tokenizer(recipe))
+    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
     with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe) as policy:
         trained = enumerate_policy(policy, roles, prompts, 3, 1.0).exact(beta)
     start = enumerate_policy(roles.reference, roles, prompts, 3, 1.0).exact(beta)

@@ -117,8 +117,9 @@ def test_make_targets_named_in_the_docs_exist():
 def test_fields_read_from_source_are_the_real_ones():
     import trl
 
+    from rlhf_recipes.algorithms.dpo import DPOConfig
+    from rlhf_recipes.algorithms.sft import SFTConfig
     from rlhf_recipes.algorithms.trainer import PPOConfig
-    from rlhf_recipes.algorithms.trl_config import DPOConfig, SFTConfig
 
     real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOConfig, "a2c": PPOConfig, "dpo": DPOConfig}
     assert set(real) == set(CONFIG_SOURCES)

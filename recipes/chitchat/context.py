@@ -20,9 +20,9 @@ from rlhf_recipes.tasks import load_dataset, load_task
 
 def main() -> None:
     recipe = load_recipe(Path(__file__).parent)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     reward = load_rewards(recipe, load_backbone(recipe), tokenizer).adapter
-    pairs = load_dataset(load_task(recipe), "load_preferences", "eval").to_list()
+    pairs = load_dataset(load_task(recipe.folder), "load_preferences", "eval").to_list()
     rng = random.Random(0)  # noqa: S311
 
     contexts = [pair["prompt"] for pair in pairs]

@@ -125,9 +125,9 @@ def enumerate_policy(
 def exact_numbers(run: Path) -> dict[str, dict[str, float]]:
     """`Enumeration.exact` of the reference and of a run's policy, by the run's own recipe."""
     recipe = load_recipe(run / RESOLVED)
-    tokenizer, beta = load_tokenizer(recipe), recipe.objective.beta
+    tokenizer, beta = load_tokenizer(recipe.model, recipe.folder), recipe.objective.beta
     prompts = tokenize_prompts(
-        load_dataset(load_task(recipe), "load_prompts", "eval"), tokenizer, recipe.data.max_prompt_tokens
+        load_dataset(load_task(recipe.folder), "load_prompts", "eval"), tokenizer, recipe.data.max_prompt_tokens
     )
     roles, length, temperature = build_roles(recipe, tokenizer), recipe.data.max_completion_tokens, recipe.sampling.temperature
     numbers = {}
@@ -140,9 +140,10 @@ def exact_numbers(run: Path) -> dict[str, dict[str, float]]:
 def main(words: list[str]) -> None:
     recipe = load_recipe(Path(__file__).parent)
     configure(recipe.run.seed)
-    runs = [Path(word) for word in words] or [run for stage in ("ppo", "a2c", "dpo") if (run := newest_run(recipe, stage))]
+    newest = [newest_run(recipe.runs / stage) for stage in ("ppo", "a2c", "dpo")]
+    runs = [Path(word) for word in words] or [run for run in newest if run is not None]
     if not runs:
-        raise RecipeError(f"no finished run of {recipe.task} in {recipe.run.output}; train one first, or name its folder")
+        raise RecipeError(f"no finished run of {recipe.task} in {recipe.runs.parent}; train one first, or name its folder")
     rows = []
     for run in runs:
         numbers = exact_numbers(run)

@@ -70,7 +70,7 @@ def check_dpo(recipe: Recipe) -> None:
     if recipe.preferences.source == "task" and dpo.get("rounds", 1) > 1:
         raise RecipeError("`dpo.rounds` samples new pairs, but `preferences.source` is `task`; use one of the two")
     if recipe.preferences.path is not None:
-        pairs_file(recipe)
+        pairs_file(recipe.preferences.path, recipe.folder)
 
 
 def _check_label_smoothing(smoothing: float, losses: list[str]) -> None:

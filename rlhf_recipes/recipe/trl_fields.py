@@ -29,7 +29,7 @@ CONFIG_SOURCES = {
     "sft": [
         *_TRAINING_ARGUMENTS,
         ("trl", "trainer/sft_config.py", "SFTConfig"),
-        ("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
+        ("rlhf_recipes", "algorithms/sft.py", "SFTConfig"),
     ],
     "reward_training": [*_TRAINING_ARGUMENTS, ("trl", "trainer/reward_config.py", "RewardConfig")],
     "ppo": _PPO,
@@ -37,7 +37,7 @@ CONFIG_SOURCES = {
     "dpo": [
         *_TRAINING_ARGUMENTS,
         ("trl", "trainer/dpo_config.py", "DPOConfig"),
-        ("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
+        ("rlhf_recipes", "algorithms/dpo.py", "DPOConfig"),
     ],
 }
 

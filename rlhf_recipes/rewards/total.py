@@ -194,7 +194,7 @@ def load_rewards(recipe: Recipe, backbone: PreTrainedModel, tokenizer: PreTraine
         elif spec.model:
             scorer = load_model_reward(recipe, spec)
         else:
-            scorer = FunctionReward(task_function(load_task(recipe), str(spec.function_name)), spec.on_error)
+            scorer = FunctionReward(task_function(load_task(recipe.folder), str(spec.function_name)), spec.on_error)
         terms[spec.title] = Term(scorer, spec.weight)
     section = recipe.reward
     return Rewards(terms, section.clip, section.length_penalty, section.missing_eos_penalty)

@@ -46,7 +46,7 @@ class Finding:
 # Timings go to the trackers and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
 _TIMINGS = ("eps", "total_flos", "seconds")
 _TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
-# Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
+# Files that grow: a run that resumes cuts them back to what they were at its checkpoint.
 _GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 
 MODEL = "model"  # the folder of a whole model in a run's
@@ -64,8 +64,8 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     last_step: int = 0
     findings: list[Finding] = field(default_factory=list)
-    memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several trainings keeps over an interruption
-    checkpoint: Path | None = None  # to go on from
+    memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several rounds keeps over an interruption
+    checkpoint: Path | None = None  # to resume from
     _sizes: dict[str, int] = field(default_factory=dict)  # of the files that grow, at that checkpoint
     _lock: FileLock | None = None
 
@@ -73,7 +73,6 @@ class Run:
     def prepare(cls, recipe: Recipe, stage: str) -> "Run":
         """Names the run's folder, the same on every process; writes nothing yet."""
         state = PartialState()
-        stage_folder = Path(recipe.run.output) / recipe.task / stage
         if recipe.run.resume is not None:
             path = Path(recipe.run.resume)  # resume.py has made it the checkpoint, or the run
             if not (path / MANIFEST).is_file():
@@ -83,10 +82,10 @@ class Run:
             return run
         name = recipe.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{recipe.run.seed}"
         [name] = broadcast_object_list([name])  # the processes' clocks differ
-        return cls(recipe, stage, stage_folder / name, state.is_main_process)
+        return cls(recipe, stage, recipe.runs / stage / name, state.is_main_process)
 
     def start(self) -> None:
-        """Makes the folder with the resolved recipe and points `latest` at it, or takes an interrupted one up; starts tracking.
+        """Makes the folder with the resolved recipe and points `latest` at it, or reopens an interrupted one; starts tracking.
 
         Raises:
             RecipeError: the folder exists, or another process is at work in it; nothing is ever overwritten.
@@ -117,7 +116,7 @@ class Run:
         temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
         trial = self.recipe.run.trial or "WANDB_SWEEP_ID" in os.environ  # wandb's agent sets it for each run
-        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe), "trial": trial}
+        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe.folder), "trial": trial}
         if self.stage != "report":
             about["fingerprint"] = fingerprint(self.recipe, self.stage)
         made = temporary
@@ -147,7 +146,7 @@ class Run:
             folder = self.folder.with_name(f"{self.folder.name}-{number}")
 
     def _take_folder(self) -> None:
-        """Locks it, and cuts it back to the checkpoint that the run goes on from."""
+        """Locks it, and cuts it back to the checkpoint that the run resumes from."""
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)
         try:
             self._lock.acquire(timeout=0)
@@ -169,10 +168,10 @@ class Run:
                 os.truncate(file, min(file.stat().st_size, self._sizes.get(name, 0)))
         newest = -1 if self.checkpoint is None else step_of(self.checkpoint)
         for folder in checkpoints_of(self.folder):
-            if step_of(folder) > newest:  # damaged, and about to be written anew
+            if step_of(folder) > newest:  # damaged, and about to be written again
                 self.say(f"{folder} is kept as {set_aside(folder).name}")
         for folder in (*self.folder.glob(".*.tmp"), *self.folder.glob("best-*")):
-            if folder.name.startswith(".") or step_of(folder) > newest:  # half a checkpoint; or one that comes again
+            if folder.name.startswith(".") or step_of(folder) > newest:  # half a checkpoint, or one that will be written again
                 shutil.rmtree(folder)
 
     # --- what a checkpoint holds of the run ----------------------------------------------------------------------
@@ -195,7 +194,7 @@ class Run:
         self.memory, self._sizes = saved["memory"], saved["files"]
 
     def take_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, given to the first training that asks."""
+        """The checkpoint to resume from, given to the first trainer that asks."""
         checkpoint, self.checkpoint = self.checkpoint, None
         return checkpoint
 
