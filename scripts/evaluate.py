@@ -57,8 +57,7 @@ def main(recipe: Recipe) -> dict:
     evaluation = evaluation_of(judged, policies, recipe.objective.beta, section, judged_by, notes)
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
-    run.write_lines("samples.jsonl", rows)
-    run.trackers.table("samples", rows)
+    run.write_samples(rows)
     if run.main:
         print_samples(rows[: section.samples], list(judged))
         print_evaluation(evaluation)

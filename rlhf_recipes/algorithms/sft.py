@@ -68,70 +68,6 @@ class SFTTrainer(Resumable, trl.SFTTrainer):
             return super().get_eval_dataloader(*args, **kwargs)
 
 
-def train_sft(recipe: Recipe) -> dict[str, Any]:
-    """Trains the backbone of `recipe` on the task's demonstrations, and writes it and what it says; returns the summary."""
-    task = load_task(recipe.folder)
-    train, evaluation = (load_dataset(task, "load_demonstrations", split) for split in ("train", "eval"))
-
-    section = recipe.stages["sft"]
-    from_scratch = section.get("from_scratch", False)
-    if from_scratch:
-        architecture = recipe.model.architecture or {}  # checks/files.py has refused a recipe without
-        tokenizer = train_readable_tokenizer(texts_of(train), architecture["vocab_size"], architecture["model_type"])
-        complete_tokenizer(tokenizer, recipe.model, recipe.folder)
-        ends = Ends(tokenizer, [tokenizer.eos_token_id], recipe.sampling.stop)
-        build = partial(build_backbone, recipe, tokenizer)
-    else:
-        tokenizer = load_tokenizer(recipe.model, recipe.folder)
-        ends = load_ends(tokenizer, recipe.path(recipe.model.path), recipe.sampling.stop)
-        build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
-    model: Any = build()
-    args = stage_config(SFTConfig, "sft", section, recipe.run.seed, recipe.model.dtype, **sft_fields(train, model, section))
-    by_trl = any(section.get(key) for key in ("assistant_only_loss", "chat_template_path"))
-    train, evaluation = (
-        tokenize_demonstrations(dataset, tokenizer, list(ends.tokens), by_trl) for dataset in (train, evaluation)
-    )
-    with refused_by_trl("sft"):
-        trainer = SFTTrainer(
-            model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
-        )  # fmt: skip
-        trainer.try_optimizer()
-    if len(trainer.train_dataset) == 0:
-        raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
-    refuse_unread(trainer, "sft", section, recipe.model.path)
-    trainer.refuse_no_batch("sft", len(trainer.train_dataset))
-    examine_sft(trainer, tokenizer, ends, recipe)
-    if not args.packing:
-        filled = len(train) - len(trainer.train_dataset)
-        say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")
-    lengths, most = row_lengths(trainer.train_dataset), args.max_length
-    warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
-    if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
-        full = int((lengths >= most).sum())
-        say_left_out(
-            full, len(lengths), "rows of load_demonstrations", f"fill sft.max_length={most} tokens, where rows are cut"
-        )
-
-    run = Run.prepare(recipe, "sft")
-    run.start()
-    watch(trainer, run)
-    trainer.train()
-
-    loss = trainer.evaluate()["eval_loss"]
-    model = whole_model(trainer, build)
-    model = model if from_scratch else model.merge_and_unload()
-    length, temperature, count = recipe.data.max_completion_tokens, recipe.sampling.temperature, recipe.evaluate.samples
-    samples = sample_texts(model.eval(), tokenizer, ends, length, temperature, task, count, recipe.run.seed)
-    run.write_lines("samples.jsonl", samples)
-    run.save_backbone(model, tokenizer)
-    if run.main:
-        texts = [row["prompt"] + row["completion"] for row in samples]
-        read_back_backbone(run.folder / MODEL, model, tokenizer, texts, recipe.model.trust_remote_code)
-        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title="what it writes")
-    run.say(f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}")
-    return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})
-
-
 def sft_fields(train: Dataset, model: PreTrainedModel | PeftModel, given: dict[str, Any]) -> dict[str, Any]:
     """What the data and the model ask of TRL's SFT, where the recipe does not say otherwise.
 
@@ -170,3 +106,65 @@ def row_lengths(train: Dataset) -> np.ndarray:
     count = pc.list_flatten if column == "seq_lengths" else pc.list_value_length
     tables = train.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
     return np.concatenate([count(table[column]).to_numpy() for table in tables])
+
+
+def train_sft(recipe: Recipe) -> dict[str, Any]:
+    """Trains the backbone of `recipe` on the task's demonstrations, and writes it and what it says; returns the summary."""
+    task = load_task(recipe.folder)
+    train, evaluation = (load_dataset(task, "load_demonstrations", split) for split in ("train", "eval"))
+
+    section = recipe.stages["sft"]
+    from_scratch = section.get("from_scratch", False)
+    if from_scratch:
+        architecture = recipe.model.architecture or {}  # checks/files.py has refused a recipe without
+        tokenizer = train_readable_tokenizer(texts_of(train), architecture["vocab_size"], architecture["model_type"])
+        complete_tokenizer(tokenizer, recipe.model, recipe.folder)
+        ends = Ends(tokenizer, [tokenizer.eos_token_id], recipe.sampling.stop)
+        build = partial(build_backbone, recipe, tokenizer)
+    else:
+        tokenizer = load_tokenizer(recipe.model, recipe.folder)
+        ends = load_ends(tokenizer, recipe.path(recipe.model.path), recipe.sampling.stop)
+        build = partial(load_with_new_adapter, recipe, "CAUSAL_LM")
+    model: Any = build()
+    args = stage_config(SFTConfig, "sft", section, recipe.run.seed, recipe.model.dtype, **sft_fields(train, model, section))
+    by_trl = any(section.get(key) for key in ("assistant_only_loss", "chat_template_path"))
+    train, evaluation = (
+        tokenize_demonstrations(dataset, tokenizer, list(ends.tokens), by_trl) for dataset in (train, evaluation)
+    )
+    with refused_by_trl("sft"):
+        trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer)
+        trainer.try_optimizer()
+    if len(trainer.train_dataset) == 0:
+        raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
+    refuse_unread(trainer, "sft", section, recipe.model.path)
+    trainer.refuse_no_batch("sft", len(trainer.train_dataset))
+    examine_sft(trainer, tokenizer, ends, recipe)
+    if not args.packing:
+        filled = len(train) - len(trainer.train_dataset)
+        say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")
+    lengths, most = row_lengths(trainer.train_dataset), args.max_length
+    warn([] if args.packing else memory_warning(recipe, "sft", int(lengths.max())))
+    if most is not None and not (args.packing and args.packing_strategy != "bfd"):  # others lose nothing
+        full = int((lengths >= most).sum())
+        say_left_out(
+            full, len(lengths), "rows of load_demonstrations", f"fill sft.max_length={most} tokens, where rows are cut"
+        )
+
+    run = Run.prepare(recipe, "sft")
+    run.start()
+    watch(trainer, run)
+    trainer.train()
+
+    loss = trainer.evaluate()["eval_loss"]
+    model = whole_model(trainer, build)
+    model = model if from_scratch else model.merge_and_unload()
+    length, temperature, count = recipe.data.max_completion_tokens, recipe.sampling.temperature, recipe.evaluate.samples
+    samples = sample_texts(model.eval(), tokenizer, ends, length, temperature, task, count, recipe.run.seed)
+    run.write_lines("samples.jsonl", samples)
+    run.save_backbone(model, tokenizer)
+    if run.main:
+        texts = [row["prompt"] + row["completion"] for row in samples]
+        read_back_backbone(run.folder / MODEL, model, tokenizer, texts, recipe.model.trust_remote_code)
+        print_rows(["prompt", "completion"], [list(row.values()) for row in samples[:2]], title="what it writes")
+    run.say(f"held-out loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}")
+    return run.finish({"eval_loss": loss, "eval_perplexity": math.exp(loss), "train_rows": len(train)})

@@ -219,8 +219,7 @@ def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) ->
     metrics = {name: completions.means(beta) for name, completions in judged.items()}
     del metrics["reference"]["kl"]  # zero by definition
     rows = side_by_side(prompts, judged)
-    run.write_lines("samples.jsonl", rows)
-    run.trackers.table("samples", rows)
+    run.write_samples(rows)
     run.log({f"eval/{name}": value for name, value in metrics["policy"].items()}, step=run.last_step + 1)
     shown = rows[: section.samples]
     summary = run.finish({"prompts": len(prompts), **metrics}, card=markdown_samples(shown))

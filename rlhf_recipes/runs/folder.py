@@ -210,7 +210,7 @@ class Run:
         self.last_step = step
         if not self.main:
             return
-        self.trackers.log(metrics, step)
+        self.trackers.each(lambda tracker: tracker.log(metrics, step))
         timing = {k: v for k, v in metrics.items() if k in _TIMINGS or k.endswith(_TIMING_ENDS)}
         self.write_lines("metrics.jsonl", [{"step": step, **{k: v for k, v in metrics.items() if k not in timing}}])
         if timing:
@@ -221,6 +221,11 @@ class Run:
         if self.main:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def write_samples(self, rows: list[dict[str, Any]]) -> None:
+        """samples.jsonl, and the same as a table of the trackers; `rows` are of equal keys."""
+        self.write_lines("samples.jsonl", rows)
+        self.trackers.each(lambda tracker: tracker.table("samples", rows))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.main:
@@ -263,7 +268,8 @@ class Run:
         self.findings.append(finding)
         if self.main:
             tqdm.write(f"step {step}: {finding}", file=sys.stderr)
-        self.trackers.alert(finding.name, f"step {step}: {finding.evidence}. {finding.advice}")
+        text = f"step {step}: {finding.evidence}. {finding.advice}"
+        self.trackers.each(lambda tracker: tracker.alert(finding.name, text))
 
     def finish(self, summary: dict[str, Any], card: str = "") -> dict[str, Any]:
         """Writes summary.json = {task, stage, seed, beta, seconds, **summary} and the model card, and returns it."""
@@ -280,7 +286,7 @@ class Run:
             summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")
-            self.trackers.finish(summary)
+            self.trackers.each(lambda tracker: tracker.finish(summary))
             self.write_json(SUMMARY, summary)  # the last of all: a run that has it is finished
             print(f"{self.stage}: {self.folder}")
         if self._lock is not None:

@@ -47,7 +47,7 @@ class Tracked:
 
 @dataclass
 class Trackers:
-    """The trackers of a run, by name, as one. One that fails says so once, and is left out from then on."""
+    """The trackers of a run, by name. One that fails says so once, and is left out from then on."""
 
     running: dict[str, Tracker] = field(default_factory=dict)
 
@@ -60,28 +60,13 @@ class Trackers:
         else:
             self.running |= {} if tracker is None else {name: tracker}
 
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        self._each(lambda tracker: tracker.log(metrics, step))
-
-    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        self._each(lambda tracker: tracker.table(name, rows))
-
-    def alert(self, title: str, text: str) -> None:
-        self._each(lambda tracker: tracker.alert(title, text))
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._each(lambda tracker: tracker.finish(summary))
-
-    def _each(self, send: Callable[[Tracker], None]) -> None:
+    def each(self, send: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.running.items()):
             try:
                 send(tracker)
             except Exception as error:  # noqa: BLE001 - see `start`
                 print(f"{name}: {error}; going on without it", file=sys.stderr)
                 del self.running[name]
-
-
-# --- wandb -------------------------------------------------------------------------------------------------------
 
 
 class WandbTracker:
@@ -158,7 +143,5 @@ def _logged_in(host: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
 
-
-# --- all of them -------------------------------------------------------------------------------------------------
 
 TRACKERS: dict[str, Callable[[Tracked], Tracker | None]] = {"wandb": start_wandb, "none": lambda run: None}
