@@ -1,5 +1,5 @@
 #!/bin/bash
-# One stage on several machines under Slurm. It goes on by itself after the time limit, a pre-emption or a failed machine:
+# One stage on several machines under Slurm. It resumes by itself after the time limit, a pre-emption or a failed machine:
 #   sbatch --nodes 2 accelerate_configs/slurm.sh scripts/ppo.py --recipe recipes/tldr
 #   CONFIG=accelerate_configs/fsdp2.yaml sbatch --nodes 2 accelerate_configs/slurm.sh scripts/sft.py --recipe recipes/tldr
 # Submit it from the repository's root, which all machines must see, with the environment active. Options of sbatch, such as
@@ -23,10 +23,10 @@ name=slurm-$SLURM_JOB_ID # the same after a requeue
 state=.slurm-$SLURM_JOB_ID.pid
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-goes_on=(--run.name "$name")
+resume=(--run.name "$name")
 for run in outputs/*/"$stage/$name"; do
     if [ -f "$run/recipe.resolved.yaml" ]; then
-        goes_on=(--resume "$run")
+        resume=(--resume "$run")
     fi
 done
 
@@ -37,7 +37,7 @@ srun --kill-on-bad-exit=0 --wait=300 bash -c '
     exec python -m rlhf_recipes launch --config_file "$CONFIG" \
         --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT" "$@"
-' launcher "$@" "${goes_on[@]}" &
+' launcher "$@" "${resume[@]}" &
 step=$!
 
 asked=

@@ -26,13 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from benchmarks.compare import Work
 from rlhf_recipes import roles
 from rlhf_recipes.algorithms import experience
-from rlhf_recipes.algorithms.dpo import DPOTrainer, dpo_fields
+from rlhf_recipes.algorithms.dpo import DPOConfig, DPOTrainer, dpo_fields
 from rlhf_recipes.algorithms.pairs import tokenize_preferences
 from rlhf_recipes.algorithms.ppo_config import PPOConfig, trl_ppo, trl_ppo_trainer
 from rlhf_recipes.algorithms.trainer import PPOTrainer
-from rlhf_recipes.algorithms.trl_config import DPOConfig
 from rlhf_recipes.data.datasets import tokenize_prompts
-from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_recipes.models.adapters import lora_config
 from rlhf_recipes.models.classifier import build_classifier
 from rlhf_recipes.models.lora import use_lean_lora
@@ -114,7 +113,7 @@ def _overrides(work: Work) -> dict[str, Any]:
 
 
 def _prompts(work: Work, recipe: Recipe, tokenizer: Any) -> Any:
-    prompts = load_dataset(load_task(recipe), "load_prompts", "train")
+    prompts = load_dataset(load_task(recipe.folder), "load_prompts", "train")
     longest = recipe.data.max_prompt_tokens
     return tokenize_prompts(prompts, tokenizer, longest, limit=work.batch * (work.updates + 1), at_least=work.batch)
 
@@ -159,7 +158,7 @@ def _random_reward(section: LoraSection, shared: Shared) -> Rewards:
 
 def _our_roles(recipe: Recipe) -> Roles:
     with mock.patch.object(roles, "load_rewards", lambda section, shared: _random_reward(recipe.lora, shared)):
-        return build_roles(recipe, load_tokenizer(recipe))
+        return build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
 
 
 def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 
 def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     path, dtype = recipe.path(work.model), getattr(torch, work.dtype)
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **LOADING)
     value, reward = (
@@ -220,7 +219,7 @@ def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 def _floor(work: Work, recipe: Recipe) -> float:
     """Seconds that an update's matrix products alone would take at this machine's best measured rate in this dtype."""
     config = AutoConfig.from_pretrained(recipe.path(work.model), trust_remote_code=False)
-    lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe))["input_ids"]]
+    lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe.model, recipe.folder))["input_ids"]]
     batches = [lengths[at : at + work.batch] for at in range(0, len(lengths), work.batch)]
     context = statistics.mean(max(batch) for batch in batches)
     flops = update_flops(config, work.batch, context, work.response, work.epochs)
@@ -264,7 +263,7 @@ def update_flops(config: Any, batch: int, context: float, response: int, epochs:
 
 def _pairs(work: Work, recipe: Recipe) -> Any:
     """Pairs of text: the openings of reviews, each with excerpts of two others, about `response` tokens long."""
-    task, count = load_task(recipe), work.batch * (work.updates + 1)
+    task, count = load_task(recipe.folder), work.batch * (work.updates + 1)
     openings = load_dataset(task, "load_prompts", "train").select(range(count))["prompt"]
     excerpts = load_dataset(task, "load_preferences", "train").filter(lambda row: row["words"] >= 24).select(range(count))
     sides = {side: [" " + " ".join(text.split()[:24]) for text in excerpts[side]] for side in ("chosen", "rejected")}
@@ -281,13 +280,14 @@ def _dpo_values(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 def _our_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
     ours = _our_roles(recipe)
-    pairs = tokenize_preferences(_pairs(work, recipe), ours.tokenizer, recipe)
-    args = DPOConfig(**(_dpo_values(work, recipe, folder) | dpo_fields(recipe)))
+    ends = end_token_ids(ours.tokenizer, recipe.path(recipe.model.path))
+    pairs = tokenize_preferences(_pairs(work, recipe), ours.tokenizer, ends, recipe.data)
+    args = DPOConfig(**(_dpo_values(work, recipe, folder) | dpo_fields(recipe.objective.beta)))
     return _timed_dpo(lambda: DPOTrainer(args, ours, pairs), work)
 
 
 def _stock_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     model = AutoModelForCausalLM.from_pretrained(recipe.path(work.model), dtype=getattr(torch, work.dtype), **LOADING)
     args = trl.DPOConfig(**_dpo_values(work, recipe, folder), max_length=recipe.data.max_prompt_tokens + work.response)
     pairs = _pairs(work, recipe)

@@ -20,7 +20,7 @@ from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import load_backbone
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import Recipe, resolved
 from rlhf_recipes.rollouts.forward import model_inputs
 from rlhf_recipes.runs.fingerprint import (
     OWN,
@@ -42,33 +42,36 @@ from rlhf_recipes.runs.resume import newest_run, trials_of
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 
 
-def adapter_to_merge(recipe: Recipe) -> Path:
+def adapter_to_merge(given: str | None, runs: Path, folder: Path, ours: dict[str, Any]) -> Path:
     """`merge.adapter`: a run of a policy stage, a checkpoint of one, or any folder of an adapter; by default the PPO run that
     finished last, trials of sweeps aside.
+
+    Args:
+        runs: the folder of the task's runs.
+        folder: the recipe's, beside which others are looked for.
+        ours: the fingerprint of the backbone to merge into.
 
     Raises:
         RecipeError: there is none, or it was trained on another backbone.
     """
-    given = recipe.merge.adapter
     if given is None:
-        newest = newest_run(recipe, "ppo")
+        newest = newest_run(runs / "ppo")
         if newest is None:
-            trials = trials_of(recipe, "ppo")
-            where = Path(recipe.run.output) / recipe.task / "ppo"
+            trials = trials_of(runs / "ppo")
             there = f"; there are {len(trials)} trials of sweeps, such as {trials[0]}" if trials else ""
             raise RecipeError(
-                f"`merge.adapter`: no finished run of PPO in {where}; run scripts/ppo.py first, or name another with "
+                f"`merge.adapter`: no finished run of PPO in {runs / 'ppo'}; run scripts/ppo.py first, or name another with "
                 f"--merge.adapter FOLDER{there}"
             )
-        folder = newest
+        adapter = newest
     else:
-        folder = Path(recipe.path(given))
-    if not (folder / "adapter_config.json").is_file():
-        hint = "it has no adapter_config.json" if folder.is_dir() else "no such folder"
-        raise RecipeError(f"`merge.adapter` {given or folder}: {hint}")
-    if other := another_backbone(recorded_fingerprint(folder.resolve()), fingerprint(recipe, "merge")):
-        raise RecipeError(f"`merge.adapter` {given or folder}: an adapter trained on {other}")
-    return folder.resolve()
+        adapter = Path(resolved(given, folder))
+    if not (adapter / "adapter_config.json").is_file():
+        hint = "it has no adapter_config.json" if adapter.is_dir() else "no such folder"
+        raise RecipeError(f"`merge.adapter` {given or adapter}: {hint}")
+    if other := another_backbone(recorded_fingerprint(adapter.resolve()), ours):
+        raise RecipeError(f"`merge.adapter` {given or adapter}: an adapter trained on {other}")
+    return adapter.resolve()
 
 
 @torch.no_grad()
@@ -130,13 +133,14 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
 _SHOWN = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "objective": "J", "fraction_of_optimum": "of the optimum"}
 
 
-def own_evaluation(recipe: Recipe, adapter: Path, policy: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+def own_evaluation(runs: Path, adapter: Path, policy: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest evaluation that judged `adapter` by what it was trained for, and a line for each newer one that did not.
 
     Args:
+        runs: the folder of the task's runs.
         policy: the adapter's fingerprint; of an adapter from elsewhere None, and any evaluation is taken.
     """
-    files = (Path(recipe.run.output) / recipe.task / "evaluate").glob("*/evaluation.json")
+    files = (runs / "evaluate").glob("*/evaluation.json")
     passed: list[str] = []
     for file in sorted({file.resolve() for file in files}, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
@@ -213,7 +217,7 @@ def card(recipe: Recipe, adapter: Path, checked: dict[str, float]) -> str:
         front["base_model"] = recipe.model.path
     versions = ", ".join(f"{package} {version(package)}" for package in ("trl", "transformers", "peft", "torch"))
     policy = recorded_fingerprint(adapter)
-    evaluation, _ = own_evaluation(recipe, adapter, policy)
+    evaluation, _ = own_evaluation(recipe.runs, adapter, policy)
     table = evaluation_table(evaluation, summary) or ["This policy has not been evaluated: `scripts/evaluate.py` does it."]
     judged_by = parts_of(evaluation["judged_by"] if evaluation else _end_of_run(resolved))
     if "reward" in judged_by and (policy is None or of_pairs(policy)) and (evaluation or "policy" in summary):

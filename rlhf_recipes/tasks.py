@@ -17,7 +17,6 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_caching
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
-from rlhf_recipes.recipe.sections import Recipe
 
 COLUMNS = {
     "load_prompts": [{"prompt"}, {"input_ids"}],
@@ -29,13 +28,13 @@ GIVEN = ("prompts", "completions", "completion_ids")  # to a python reward, unde
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names, which no chat template knows
 
 
-def load_task(recipe: Recipe) -> types.ModuleType:
-    """Imports `task.py` beside the recipe.
+def load_task(folder: Path) -> types.ModuleType:
+    """Imports the `task.py` of a recipe's folder.
 
     Raises:
         RecipeError: there is none, or importing it failed.
     """
-    file = recipe.folder / "task.py"
+    file = folder / "task.py"
     if not file.is_file():
         raise RecipeError(f"{file}: no such file; a recipe's task.py gives its data (see recipes/imdb/task.py)")
     with _theirs(f"{file}: cannot be imported", file.resolve()):
@@ -119,7 +118,7 @@ def load_dataset(task: types.ModuleType, function: str, split: str) -> Dataset:
     if len(dataset) == 0:
         raise RecipeError(f"{where} returned no rows")
     if dataset.format["type"] == "custom":
-        raise RecipeError(f"{where} has a transform (with_transform), which would run anew at each reading; use map instead")
+        raise RecipeError(f"{where} has a transform (with_transform), which would run again at each reading; use map instead")
     dataset = dataset.with_format(None)
     if not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in dataset.cache_files):
         disable_caching()  # else what is made of it would be written beside it

@@ -20,21 +20,21 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.checks.models import examine, examine_judged
     from rlhf_recipes.data.datasets import tokenize_prompts
     from rlhf_recipes.data.tokenizer import load_tokenizer
-    from rlhf_recipes.evaluation.exact import enumerate_policy
     from rlhf_recipes.evaluation.judged import judged_policy
     from rlhf_recipes.evaluation.judging import complete, prepare_rewards, side_by_side
     from rlhf_recipes.evaluation.tables import print_evaluation, print_samples
     from rlhf_recipes.evaluation.yardstick import evaluation_of, left_out, policies_to_judge, trained_for_others
     from rlhf_recipes.roles import build_roles
+    from rlhf_recipes.runs.fingerprint import fingerprint
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
-    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
     section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
     gold = optional_gold(task, prompts)
-    policies = policies_to_judge(recipe)
-    notes = [*left_out(recipe), *trained_for_others(policies, recipe)]
+    policies, judged_by = policies_to_judge(section, recipe.runs, recipe.folder), fingerprint(recipe, "evaluate")
+    notes = [*left_out(section, recipe.runs), *trained_for_others(policies, judged_by)]
 
     roles = build_roles(recipe, tokenizer)
     for policy in policies:
@@ -48,21 +48,17 @@ def main(recipe: Recipe) -> dict:
     for note in notes:
         run.say(note)
     prepare_rewards(roles, task, run)
-    judged, exact = {}, {}
+    judged = {}
     for policy in policies:
         if policy.best_of is None:
             k = section.completions if policy.folder else section.reference_completions
             with judged_policy(policy.folder, roles, recipe.model) as model:
-                judged[policy.name] = complete(model, roles, prompts, recipe, gold, policy.name, k)
-                if section.exact:
-                    exact[policy.name] = enumerate_policy(model, roles, prompts, recipe).exact(recipe.objective.beta)
+                judged[policy.name] = complete(model, roles, prompts, recipe.run.seed, section.batch_size, gold, policy.name, k)
 
-    evaluation = evaluation_of(judged, policies, recipe, notes) | ({"exact": exact} if exact else {})
+    evaluation = evaluation_of(judged, policies, recipe.objective.beta, section, judged_by, notes)
     rows = side_by_side(prompts, judged)
     run.write_json("evaluation.json", evaluation)
-    run.write_lines("samples.jsonl", rows)
-    if run.tracker is not None:
-        run.tracker.table("samples", rows)
+    run.write_samples(rows)
     if run.main:
         print_samples(rows[: section.samples], list(judged))
         print_evaluation(evaluation)

@@ -17,11 +17,12 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.data.tokenizer import load_tokenizer
     from rlhf_recipes.data.tokens import pad_left
     from rlhf_recipes.publish import adapter_to_merge, card, merge, own_evaluation, upload
-    from rlhf_recipes.runs.fingerprint import recorded_fingerprint
+    from rlhf_recipes.runs.fingerprint import fingerprint, recorded_fingerprint
     from rlhf_recipes.runs.folder import MODEL, Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
-    task, tokenizer, adapter = load_task(recipe), load_tokenizer(recipe), adapter_to_merge(recipe)
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    adapter = adapter_to_merge(recipe.merge.adapter, recipe.runs, recipe.folder, fingerprint(recipe, "merge"))
     prompts = load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, limit=10)
     queries = pad_left(prompts["input_ids"][:], tokenizer.pad_token_id)
@@ -34,7 +35,7 @@ def main(recipe: Recipe) -> dict:
         (run.folder / MODEL / "README.md").write_text(card(recipe, adapter, checked), encoding="utf-8")
         policy = recorded_fingerprint(adapter)
         run.record({"policy": policy})
-        for line in own_evaluation(recipe, adapter, policy)[1]:
+        for line in own_evaluation(recipe.runs, adapter, policy)[1]:
             run.say(line)
         if recipe.merge.push:
             address = upload(run.folder / MODEL, recipe.merge.push, recipe.merge.private)

@@ -3,7 +3,7 @@
     accelerate launch scripts/preferences.py [--recipe recipes/imdb] [--section.key value ...] [--resume] [--dry-run]
 
 Writes pairs.jsonl (prompt, chosen, rejected, both rewards, and the token ids that were sampled) to
-outputs/<task>/preferences/<run>/. `--resume` goes on with the latest run, `--resume FOLDER` with that one.
+outputs/<task>/preferences/<run>/. `--resume` resumes the latest run, `--resume FOLDER` that one.
 """
 
 from rlhf_recipes.command_line import command
@@ -22,7 +22,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
-    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
     prompts = load_dataset(task, "load_prompts", "train")
     train = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, recipe.preferences.prompts)
 

@@ -185,8 +185,6 @@ CONFLICTS = [
          "`dpo.rounds` samples new pairs"),
     case("best of more than there are", "evaluate", flags("--evaluate.policies=[best-of-9]"),
          "best-of-9: `evaluate.reference_compl"),
-    case("exact without a leash", "evaluate", flags("--evaluate.exact=true", "--objective.beta=0"),
-         "`evaluate.exact` divides by"),
 ]  # fmt: skip
 
 # --- YAML --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from trl import maybe_apply_chat_template
 
 from rlhf_recipes.algorithms.pairs import tokenize_preferences
 from rlhf_recipes.data.datasets import tokenize_demonstrations, tokenize_pairs, tokenize_prompts
-from rlhf_recipes.data.tokenizer import load_tokenizer
+from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_recipes.data.tokens import encode_completion, encode_prompt
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
@@ -68,7 +68,7 @@ def chat(tiny, tmp_path_factory):
 @pytest.mark.parametrize("messages", [True, False], ids=["chat", "text"])
 def test_every_stage_builds_the_same_ids(chat, messages):
     recipe = load_recipe(chat, {"data.max_completion_tokens": 24})
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     prompt, answer, other = (
         [{"role": "user", "content": "the film?"}],
         [{"role": "assistant", "content": "a great film"}],
@@ -82,7 +82,7 @@ def test_every_stage_builds_the_same_ids(chat, messages):
 
     [asked] = tokenize_prompts(rows, tokenizer, 24)["input_ids"]
     [sft] = tokenize_demonstrations(rows.select_columns(["prompt", "completion"]), tokenizer)
-    [dpo] = tokenize_preferences(rows, tokenizer, recipe)
+    [dpo] = tokenize_preferences(rows, tokenizer, ends_of(tokenizer, recipe), recipe.data)
     [reward] = tokenize_pairs(rows, tokenizer, read_eos=True)
     [blind] = tokenize_pairs(rows, tokenizer, read_eos=False)
 
@@ -101,7 +101,7 @@ def test_every_stage_builds_the_same_ids(chat, messages):
 
 
 def test_a_template_that_samples_cannot_follow_is_refused(chat):
-    tokenizer = load_tokenizer(load_recipe(chat))
+    tokenizer = load_tokenizer(load_recipe(chat).model, chat)
     prompt = [{"role": "user", "content": "the film?"}]
     tokenizer.chat_template = TEMPLATE.replace("</s>", "#")
     with pytest.raises(RecipeError, match="not with the tokenizer's eos token '</s>'"):
@@ -125,11 +125,16 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def ends_of(tokenizer, recipe):
+    return end_token_ids(tokenizer, recipe.path(recipe.model.path))
+
+
 def texts_of(rows, tokenizer, recipe):
     """What every stage makes of a pair: prompts, demonstrations (mask applied), rewards' pairs, DPO's."""
     asked = tokenize_prompts(rows, tokenizer, 99)[0]["input_ids"]
     sft = tokenize_demonstrations(rows.rename_column("chosen", "completion"), tokenizer)[0]
-    dpo, reward = tokenize_preferences(rows, tokenizer, recipe)[0], tokenize_pairs(rows, tokenizer, True)[0]
+    dpo = tokenize_preferences(rows, tokenizer, ends_of(tokenizer, recipe), recipe.data)[0]
+    reward = tokenize_pairs(rows, tokenizer, True)[0]
     learned = [token for token, mask in zip(sft["input_ids"], sft["completion_mask"], strict=True) if mask]
     assert asked == dpo["prompt_ids"]
     assert learned == dpo["chosen_ids"]
@@ -141,7 +146,7 @@ def texts_of(rows, tokenizer, recipe):
 def spoken(chat):
     """A tokenizer with the template, and the recipe."""
     recipe = load_recipe(chat, {"data.max_completion_tokens": 99, "data.max_prompt_tokens": 99})
-    return load_tokenizer(recipe), recipe
+    return load_tokenizer(recipe.model, recipe.folder), recipe
 
 
 def test_all_turns_of_a_completion_are_learned(spoken):
@@ -227,7 +232,7 @@ def test_what_a_template_refuses_or_leaves_out_is_said_with_its_row(spoken):
     for function, tokenize in (
         ("load_prompts", lambda: tokenize_prompts(rows, tokenizer, 99)),
         ("load_preferences", lambda: tokenize_pairs(rows, tokenizer, True)),
-        ("load_preferences", lambda: tokenize_preferences(rows, tokenizer, recipe)),
+        ("load_preferences", lambda: tokenize_preferences(rows, tokenizer, ends_of(tokenizer, recipe), recipe.data)),
         ("load_demonstrations", lambda: tokenize_demonstrations(rows, tokenizer)),
     ):
         with pytest.raises(RecipeError, match=rf"`{function}`, row 1: the chat template of .* TemplateError: no system"):
@@ -294,6 +299,7 @@ def test_a_template_from_windows_is_the_same_template(tiny, tmp_path):
     (place / "plain.jinja").write_bytes(TEMPLATE.encode() + b"\n")
     (place / "windows.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode() + b"\r\n")
     plain, windows = (
-        load_tokenizer(load_recipe(place, {"model.chat_template": f"{name}.jinja"})) for name in ("plain", "windows")
+        load_tokenizer(load_recipe(place, {"model.chat_template": f"{name}.jinja"}).model, place)
+        for name in ("plain", "windows")
     )
     assert windows.chat_template == plain.chat_template

@@ -400,12 +400,13 @@ def test_a_finding_is_an_alert_of_wandb_and_survives_its_failure(tiny, tmp_path,
 
     from rlhf_recipes.recipe.loading import load_recipe
     from rlhf_recipes.runs.folder import Run
-    from rlhf_recipes.runs.trackers import Tracker
+    from rlhf_recipes.runs.trackers import Tracked, Trackers, WandbTracker
 
     recipe = load_recipe(tiny, {"run.output": str(tmp_path), "run.tracker": "wandb"})
-    tracker = Tracker(recipe, "ppo", tmp_path, enabled=False)
-    tracker._run = wandb = mock.Mock()
-    run_ = Run(recipe, "ppo", tmp_path, main=True, tracker=tracker)
+    with mock.patch("wandb.init") as init:
+        trackers = Trackers({"wandb": WandbTracker(Tracked("project", "tiny", "ppo", tmp_path, {}))})
+    wandb = init.return_value
+    run_ = Run(recipe, "ppo", tmp_path, main=True, trackers=trackers)
     run_.found(HACKED, step=7)
     [call] = wandb.alert.call_args_list
     assert call.kwargs["title"] == HACKED.name

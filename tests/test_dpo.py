@@ -8,9 +8,9 @@ import pytest
 import torch
 import trl
 
-from rlhf_recipes.algorithms.dpo import DPOTrainer, dpo_fields, first_loss
+from rlhf_recipes.algorithms.dpo import DPOConfig, DPOTrainer, dpo_fields, first_loss
 from rlhf_recipes.algorithms.pairs import load_pairs
-from rlhf_recipes.algorithms.trl_config import DPOConfig, stage_config
+from rlhf_recipes.algorithms.trl_config import stage_config
 from rlhf_recipes.checks.settings import DPO_LOSSES, F_DIVERGENCES, SMOOTHED
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
@@ -32,10 +32,19 @@ def pairs(tiny, tmp_path_factory):
     return folder / "outputs/tiny/preferences/it"
 
 
+def config_of(recipe, folder):
+    settings = recipe.stages["dpo"], recipe.run.seed, recipe.model.dtype
+    return stage_config(DPOConfig, "dpo", *settings, folder, **dpo_fields(recipe.objective.beta))
+
+
+def loaded(pairs, tiny, tokenizer):
+    return load_pairs(pairs / "pairs.jsonl", 300, tokenizer, [tokenizer.eos_token_id], load_recipe(tiny).data)
+
+
 def trainer_on(pairs, tiny, roles, tmp_path, **overrides):
     recipe = load_recipe(tiny, {f"dpo.{key}": value for key, value in overrides.items()})
-    args = stage_config(DPOConfig, recipe, "dpo", tmp_path, **dpo_fields(recipe))
-    return DPOTrainer(args, roles, load_pairs(pairs / "pairs.jsonl", 300, roles.tokenizer, load_recipe(tiny)))
+    args = config_of(recipe, tmp_path)
+    return DPOTrainer(args, roles, loaded(pairs, tiny, roles.tokenizer))
 
 
 def test_the_sampled_tokens_reach_the_loss_unchanged(pairs, tiny, roles, tmp_path):
@@ -59,7 +68,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
     from rlhf_recipes.evaluation import judging
 
     recipe = load_recipe(tiny)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
     completions = [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0], [5, 5, 5, 2, 0, 0], [9, 10, 11, 12, 13, 14]]
     width = max(map(len, prompts["input_ids"]))
     queries = [[0] * (width - len(ids)) + ids for ids in prompts["input_ids"]]
@@ -85,7 +94,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
     ppo = build_trainer(tiny, tmp_path)
     ppo.roles.sampler = roles.sampler = scripted
     ppo.rollout(torch.tensor(queries), torch.tensor(queries) != 0, prompts[:])
-    complete(roles.policy, roles, prompts, recipe)
+    complete(roles.policy, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size)
     dpo = trainer_on(pairs, tiny, roles, tmp_path)
     sums = dpo.reference_logps(prompts["input_ids"][:], [[t for t in c if t] for c in completions])
     a, b, c = said.values()
@@ -124,7 +133,7 @@ def test_the_loss_at_the_start_is_log_2_and_the_margin_the_papers(pairs, tiny, r
 def uneven(pairs, tiny):
     """Prompts of several lengths, and rejected completions that are shorter than the chosen ones."""
     recipe = load_recipe(tiny)
-    made = load_pairs(pairs / "pairs.jsonl", 300, load_tokenizer(recipe), recipe)
+    made = loaded(pairs, tiny, load_tokenizer(recipe.model, recipe.folder))
     return made.map(lambda row: {"rejected_ids": row["rejected_ids"][:3]})
 
 
@@ -139,7 +148,7 @@ def make_fresh(roles):
 def first_loss_of(roles, tiny, tmp_path, dataset, fresh=False, **overrides):
     """The loss of the first eight pairs, and the trainer."""
     recipe = load_recipe(tiny, {f"dpo.{key}": value for key, value in overrides.items()})
-    args = stage_config(DPOConfig, recipe, "dpo", tmp_path, **dpo_fields(recipe))
+    args = config_of(recipe, tmp_path)
     trainer = DPOTrainer(args, roles, dataset, fresh=fresh)
     batch = trainer.data_collator(trainer.train_dataset.select(range(8)).to_list())
     with torch.no_grad():

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import datasets
 import pytest
 
 from rlhf_recipes import environment, process
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import followed
-from rlhf_recipes.runs import folder
+from rlhf_recipes.recipe.sections import RunSection, followed
+from rlhf_recipes.runs import folder, trackers
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.runs.trackers import Tracker, _project
+from rlhf_recipes.runs.trackers import TRACKERS, Tracked, Trackers, _project
 from rlhf_recipes.tasks import load_dataset, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def test_no_cache_is_read_or_left_in_a_recipes_folder(tiny, tmp_path, monkeypatc
     )
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    task = load_task(load_recipe(folder))
+    task = load_task(folder)
     assert (task.GOOD, task.word()) == (["great"], "fine")
     assert not list(folder.rglob("__pycache__"))
     for name in ("helpers", "helpers.deep", "helpers.deep.words", "later"):
@@ -341,13 +342,34 @@ def test_threads_that_wait_soon_sleep_unless_told_otherwise(variables, count, mo
 
 
 def test_wandbs_variables(tiny, tmp_path, monkeypatch):
-    recipe, own = load_recipe(tiny, {"run.tracker": "wandb"}), load_recipe(tiny, {"run.project": "own"})
-    assert (_project(recipe), _project(own)) == ("rlhf-recipes", "own")
+    default, own = (load_recipe(tiny, overrides).run.project for overrides in ({}, {"run.project": "own"}))
+    assert (_project(default), _project(own)) == ("rlhf-recipes", "own")
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    assert (_project(recipe), _project(own)) == ("theirs", "own")
+    assert (_project(default), _project(own)) == ("theirs", "own")
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    Tracker(recipe, "ppo", tmp_path).log({"x": 1})
+    disabled = Trackers()
+    disabled.start("wandb", Tracked(default, "tiny", "ppo", tmp_path, {}))
+    assert disabled.running == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_name_of_run_tracker_is_a_tracker_and_one_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    assert set(get_args(get_type_hints(RunSection)["tracker"])) == set(TRACKERS)
+    logged = []
+
+    def broken(*args, **kwargs):
+        raise OSError("no server")
+
+    good = SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)), finish=logged.append)
+    flaky = SimpleNamespace(log=broken, finish=logged.append)
+    monkeypatch.setattr(trackers, "TRACKERS", {"good": lambda run: good, "flaky": lambda run: flaky, "absent": broken})
+    together = Trackers()
+    for name in ("flaky", "absent", "good"):
+        together.start(name, Tracked("project", "group", "ppo", tmp_path, {}))
+    together.each(lambda tracker: tracker.log({"x": 1}, step=2))
+    together.each(lambda tracker: tracker.finish({"done": True}))
+    assert logged == [({"x": 1}, 2), {"done": True}]
+    assert capsys.readouterr().err == "absent: switched off (no server)\nflaky: no server; going on without it\n"
 
 
 def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeypatch, capsys, tmp_path):
@@ -388,12 +410,12 @@ def test_one_process_of_several_prints_the_dry_run(rank, lines, tiny, tmp_path, 
 def test_a_dataset_in_a_folder_that_may_not_be_written_to_is_read(tiny, tmp_path, monkeypatch):
     place, data = shutil.copytree(tiny, tmp_path / "tiny"), tmp_path / "data"
     code = f"\nfrom datasets import load_from_disk\ndef load_preferences(split): return load_from_disk({str(data)!r})\n"
-    load_dataset(load_task(load_recipe(place)), "load_preferences", "train").save_to_disk(data)
+    load_dataset(load_task(place), "load_preferences", "train").save_to_disk(data)
     (place / "task.py").write_text((place / "task.py").read_text() + code)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data and access(path, mode))
     try:
-        pairs = load_dataset(load_task(load_recipe(place)), "load_preferences", "train").map(lambda row: {"more": 1})
+        pairs = load_dataset(load_task(place), "load_preferences", "train").map(lambda row: {"more": 1})
         assert pairs["more"][:] == [1] * 48
         assert not list(data.glob("cache-*"))
     finally:

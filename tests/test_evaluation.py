@@ -16,10 +16,12 @@ def test_distinct_n():
 
 
 def test_complete_judges_every_sample_of_every_prompt(tiny, roles):
-    recipe, task = load_recipe(tiny), load_task(load_recipe(tiny))
+    recipe, task = load_recipe(tiny), load_task(tiny)
     prompts = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), roles.tokenizer, 24, limit=5)
     before = torch.random.get_rng_state()
-    judged = complete(roles.policy, roles, prompts, recipe, optional_gold(task), "policy", samples=3)
+    judged = complete(
+        roles.policy, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size, optional_gold(task), "policy", samples=3
+    )
     assert torch.equal(torch.random.get_rng_state(), before)  # training goes on as if nothing had been sampled
     for tensor in (judged.reward, judged.kl, judged.kl_k3, judged.length, judged.gold):
         assert tensor.shape == (5, 3)
@@ -32,9 +34,9 @@ def test_complete_judges_every_sample_of_every_prompt(tiny, roles):
 
 
 def test_the_reference_has_no_kl_to_itself(tiny, roles):
-    recipe, task = load_recipe(tiny), load_task(load_recipe(tiny))
+    recipe, task = load_recipe(tiny), load_task(tiny)
     prompts = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), roles.tokenizer, 24, limit=3)
-    judged = complete(roles.reference, roles, prompts, recipe, None, "reference")
+    judged = complete(roles.reference, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size, None, "reference")
     assert torch.equal(judged.kl, torch.zeros(3, 1))
     assert judged.gold is None
 

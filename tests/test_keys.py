@@ -553,7 +553,6 @@ SHARED = {
     "evaluate.samples": ("evaluate", Elsewhere(1, "test_scripts.py")),
     "evaluate.completions": ("evaluate", 3),
     "evaluate.reference_completions": ("evaluate", 3),
-    "evaluate.exact": ("evaluate", Elsewhere(True, "test_lab.py")),
     "evaluate.policies": ("evaluate", ["reference"]),
     "watch.prompts": ("ppo", in_metrics(2, **{"ppo.eval_strategy": "steps", "ppo.eval_steps": 1, "evaluate.prompts": 8})),
     "watch.on_over_optimisation": ("ppo", Elsewhere("stop", "test_leash.py")),

@@ -49,7 +49,7 @@ def test_it_scores_what_another_tokenizer_sampled(classifier, tmp_path):
     reward = Rewards({spec.title: Term(load_model_reward(recipe))})
     # the last one is longer than the 128 tokens at which the package's own tokenizer cuts and to which it pads
     prompts, texts = ["The film was", "I have never", "A plot"], [" great fun!", " been so bored.", " and a hole" * 60]
-    scores = reward(samples_of(load_tokenizer(recipe), prompts, texts)).total
+    scores = reward(samples_of(load_tokenizer(recipe.model, recipe.folder), prompts, texts)).total
     for prompt, text, score in zip(prompts, texts, scores, strict=True):
         inputs = tokenizer(prompt + text, return_tensors="pt")
         with torch.no_grad():
@@ -62,4 +62,4 @@ def test_without_the_reward_model_it_says_how_to_make_it(tmp_path):
     folder = shutil.copytree(FOLDER, tmp_path / "minilm", ignore=shutil.ignore_patterns("checkpoints"))
     (tmp_path / "imdb").symlink_to(FOLDER.parent / "imdb")
     with pytest.raises(RecipeError, match=r"no reward model yet; make it: python .*/minilm/make\.py"):
-        load_dataset(load_task(load_recipe(folder)), "load_prompts", "train")
+        load_dataset(load_task(folder), "load_prompts", "train")

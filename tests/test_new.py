@@ -153,7 +153,7 @@ def test_a_copy_of_minilm_takes_the_original_s_reward(tmp_path):
     new(tmp_path / "mytask", source)
     recipe = load_recipe(tmp_path / "mytask")
     assert recipe.reward.model == "../minilm/checkpoints/reward"
-    assert len(load_task(recipe).load_prompts("eval")) > 0
+    assert len(load_task(recipe.folder).load_prompts("eval")) > 0
 
 
 # --- cp -r -------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_the_template_is_small_and_holds_prompts_out(capsys):
     folder = ROOT / "recipes" / "template"
     assert len((folder / "task.py").read_text().splitlines()) <= 30
     assert not (folder / "checkpoints").exists()
-    task = load_task(load_recipe(folder))
+    task = load_task(folder)
     train, held_out = (set(task.load_prompts(split)["prompt"]) for split in ("train", "eval"))
     assert (len(train), len(held_out), len(train & held_out)) == (120, 40, 0)
     texts = [" is Good, good and great.", " has good music and a bad end", " Goodness", ""]

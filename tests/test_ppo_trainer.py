@@ -29,10 +29,11 @@ class Recorder(TrainerCallback):
 
 def build_trainer(tiny, tmp_path, stage="ppo", judge=None, **overrides):
     recipe = load_recipe(tiny, {key.replace("__", "."): value for key, value in overrides.items()})
-    tokenizer = load_tokenizer(recipe)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24)
     roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
-    args = stage_config(PPOConfig, recipe, stage, tmp_path, **ppo_fields(recipe, stage))
+    settings = recipe.stages[stage], recipe.run.seed, recipe.model.dtype
+    args = stage_config(PPOConfig, stage, *settings, tmp_path, **ppo_fields(recipe, stage))
     return PPOTrainer(args, roles, prompts, callbacks=[Recorder()], judge=judge)
 
 
@@ -221,7 +222,7 @@ def test_gradient_clipping(tiny, tmp_path):
 
 
 def test_prompts_longer_than_the_limit_are_left_out_not_cut(tiny, capsys):
-    tokenizer = load_tokenizer(load_recipe(tiny))
+    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
     texts = ["film", "the film was great and superb and fine " * 4, "", "plot"]
     kept = tokenize_prompts(Dataset.from_dict({"prompt": texts, "extra": [1, 2, 3, 4]}), tokenizer, 8)
     assert kept["prompt"] == ["film", "", "plot"]  # an empty prompt is bos alone

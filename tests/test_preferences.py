@@ -90,22 +90,26 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
     (tmp_path / "outputs/tiny/preferences/it/summary.json").unlink()
     with pytest.raises(SystemExit):
         run("preferences", tiny, tmp_path, "--resume", "--preferences.pairs_per_prompt=3")
-    assert "would go on as another run: `preferences.pairs_per_prompt` 1 -> 3" in capsys.readouterr().err
+    assert "would be another run: `preferences.pairs_per_prompt` 1 -> 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "not json", '{"prompt": "x"}', "[1]"])
 def test_broken_pairs_are_named(content, tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
+    recipe = load_recipe(tiny)
+    tokenizer = load_tokenizer(recipe.model, tiny)
     with pytest.raises(RecipeError, match=r"pairs\.jsonl"):
-        load_pairs(tmp_path / "pairs.jsonl", 300, load_tokenizer(load_recipe(tiny)), load_recipe(tiny))
+        load_pairs(tmp_path / "pairs.jsonl", 300, tokenizer, [tokenizer.eos_token_id], recipe.data)
 
 
 def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):
     recipe = load_recipe(tiny, {"data.max_prompt_tokens": 3})
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     rows = [("film", " great", " dull"), ("film", " same", " same"), ("the film was great and fine", " a", " b")]
     pairs = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows])
-    kept = tokenize_preferences(pairs, tokenizer, load_recipe(tiny, {"data.max_prompt_tokens": 5}))
+    kept = tokenize_preferences(
+        pairs, tokenizer, [tokenizer.eos_token_id], load_recipe(tiny, {"data.max_prompt_tokens": 5}).data
+    )
     assert len(kept) == 1
     assert "2 of 3 pairs" in capsys.readouterr().out
     assert kept[0]["prompt_ids"] == tokenizer("film")["input_ids"]
@@ -156,7 +160,7 @@ def test_two_hundred_own_pairs_just_train(tiny, tmp_path, capsys):
 
 def test_chat_pairs_and_those_without_a_prompt_become_the_same_tokens(tiny, tmp_path):
     recipe = load_recipe(tiny)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.folder)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
@@ -171,7 +175,7 @@ def test_chat_pairs_and_those_without_a_prompt_become_the_same_tokens(tiny, tmp_
     loaded = []
     for name, row in files.items():
         (tmp_path / name).write_text("\ufeff" + json.dumps(row) + "\n")
-        loaded.append(load_pairs(tmp_path / name, 300, tokenizer, recipe)[0])
+        loaded.append(load_pairs(tmp_path / name, 300, tokenizer, [tokenizer.eos_token_id], recipe.data)[0])
     assert loaded[0] == loaded[1] == loaded[2]
     assert tokenizer.decode(loaded[0]["chosen_ids"]) == "ab</s>"
 

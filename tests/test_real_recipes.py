@@ -217,7 +217,7 @@ def hub(monkeypatch):
     """Stands in for the Hub's datasets in the tasks of all recipes here."""
     stand_in = Hub()
     for name in STAGES:
-        monkeypatch.setattr(load_task(load_recipe(ROOT / "recipes" / name)), "load_dataset", stand_in)
+        monkeypatch.setattr(load_task(ROOT / "recipes" / name), "load_dataset", stand_in)
     return stand_in
 
 
@@ -350,7 +350,7 @@ def test_the_estimates_in_the_readme_are_the_preflights(name, real_sizes):
 def stand_in_of(name: str, folder: Path):
     """A recipe over its stand-in, and the tokenizer as every stage has it."""
     recipe = load_recipe(ROOT / "recipes" / name, {"model.path": str(write_stand_in(folder, BACKBONES[name]))})
-    return recipe, load_tokenizer(recipe)
+    return recipe, load_tokenizer(recipe.model, recipe.folder)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def encode_text(tokenizer, prompt) -> str:
 
 def test_hh_is_written_as_in_the_dataset(tmp_path):
     recipe, tokenizer = stand_in_of("hh", tmp_path)
-    task = load_task(recipe)
+    task = load_task(recipe.folder)
     for row in hh_rows("train", 4):
         for text in row.values():
             *prompt, answer = task.dialogue(text)
@@ -464,7 +464,7 @@ DIALOGUES = {
 
 @pytest.mark.parametrize(("text", "words"), DIALOGUES.values(), ids=DIALOGUES)
 def test_dialogues_of_hh(text, words):
-    found = load_task(load_recipe(ROOT / "recipes" / "hh")).dialogue(text)
+    found = load_task(ROOT / "recipes" / "hh").dialogue(text)
     if words is None:
         assert found is None
     else:
@@ -473,7 +473,7 @@ def test_dialogues_of_hh(text, words):
 
 
 def test_pairs_of_hh_have_one_prompt_and_two_answers():
-    split_pair = load_task(load_recipe(ROOT / "recipes" / "hh")).split_pair
+    split_pair = load_task(ROOT / "recipes" / "hh").split_pair
     prompt, chosen, rejected = split_pair(f"{H}Hi{A}Hello{H}Bye{A}So long", f"{H}Hi{A}Hello{H}Bye{A}So what")
     assert [m["content"] for m in prompt] == ["Hi", "Hello", "Bye"]  # the answers' common words are not cut off
     assert [*chosen, *rejected] == [say("assistant", "So long"), say("assistant", "So what")]
@@ -483,7 +483,7 @@ def test_pairs_of_hh_have_one_prompt_and_two_answers():
 
 
 def test_pairs_of_ultrafeedback():
-    task = load_task(load_recipe(ROOT / "recipes" / "ultrafeedback"))
+    task = load_task(ROOT / "recipes" / "ultrafeedback")
     row = ultrafeedback_rows("train", 1)[0]
     prompt, chosen, rejected = task.split_pair(row["chosen"], row["rejected"])
     ours = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -497,7 +497,7 @@ def test_pairs_of_ultrafeedback():
 
 
 def test_what_the_tasks_make_of_the_rows(hub):
-    tasks = {name: load_task(load_recipe(ROOT / "recipes" / name)) for name in STAGES}
+    tasks = {name: load_task(ROOT / "recipes" / name) for name in STAGES}
     rows = load_dataset(tasks["tldr"], "load_preferences", "eval")
     assert len(rows) == 12  # neither the article nor the pair of one summary
     assert all(text.startswith(" ") and not text.startswith("  ") for side in ("chosen", "rejected") for text in rows[side])
@@ -628,7 +628,7 @@ def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, 
         "reward.adapter": str(tmp_path / "hh" / "reward" / "it" / "adapter"),
     }  # fmt: skip
     recipe = load_recipe(ROOT / "recipes" / "hh", values)
-    roles = build_roles(recipe, load_tokenizer(recipe), value="adapter")
+    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder), value="adapter")
     layers = {role: [m for m in getattr(roles, role).modules() if is_4bit(m)] for role in ("policy", "value", "reward")}
     assert len(layers["policy"]) == 2 * 7  # every linear layer of both blocks
     for role in ("value", "reward"):

@@ -118,7 +118,8 @@ def test_make_targets_named_in_the_docs_exist():
 def test_fields_read_from_source_are_the_real_ones():
     import trl
 
-    from rlhf_recipes.algorithms.trl_config import DPOConfig, SFTConfig
+    from rlhf_recipes.algorithms.dpo import DPOConfig
+    from rlhf_recipes.algorithms.sft import SFTConfig
 
     real = {"sft": SFTConfig, "reward_training": trl.RewardConfig, "ppo": PPOSettings, "a2c": A2CSettings, "dpo": DPOConfig}
     assert set(real) == set(TRAINED)

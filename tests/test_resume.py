@@ -121,7 +121,7 @@ def test_every_stage_goes_on_bit_for_bit(stage, how, tiny, output, whole, monkey
     else:
         assert newest.name != f"checkpoint-{step}"
     run(stage, tiny, output, "unread", "--resume", str(folder))
-    assert f"going on from {newest}" in capsys.readouterr().err
+    assert f"resuming from {newest}" in capsys.readouterr().err
     assert_same(undisturbed, folder)
 
 
@@ -137,10 +137,10 @@ def test_a_run_killed_after_its_last_step_is_only_judged(stage, tiny, output, wh
 
 
 def test_a_run_killed_between_rounds_keeps_its_pairs(tiny, output, whole, monkeypatch):
-    from rlhf_recipes.algorithms import pairs as preferences
+    from rlhf_recipes.algorithms import dpo
 
     undisturbed = whole("dpo")
-    sample, asked = preferences.sample_pairs, []
+    sample, asked = dpo.sample_pairs, []
 
     def once(policy, roles, prompts, run, name="pairs.jsonl", seed=0):
         asked.append(name)
@@ -148,7 +148,7 @@ def test_a_run_killed_between_rounds_keeps_its_pairs(tiny, output, whole, monkey
             raise Killed
         return sample(policy, roles, prompts, run, name, seed)
 
-    monkeypatch.setattr(preferences, "sample_pairs", once)
+    monkeypatch.setattr(dpo, "sample_pairs", once)
     with pytest.raises(Killed):
         run("dpo", tiny, output, "between", *STAGES["dpo"][0])
     run("dpo", tiny, output, "unread", "--resume", str(undisturbed.with_name("between")))
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_named_left_out_and_kept(damaged, tiny, tmp_path
     run("ppo", tiny, tmp_path, "unread", "--resume", str(half_done))
     said = capsys.readouterr().err
     assert f"{half_done / 'checkpoint-6'} is left out: {reason}" in said
-    assert f"going on from {half_done / 'checkpoint-4'}" in said
+    assert f"resuming from {half_done / 'checkpoint-4'}" in said
     assert damage(half_done / "checkpoint-6.aside-1") is not None
     assert_same(whole("ppo"), half_done)
 
@@ -285,7 +285,7 @@ def refused(capsys, stage, recipe, output, *words):
 
 def test_changed_keys_are_listed_or_refused(tiny, tmp_path, half_done, whole, capsys):
     said = refused(capsys, "ppo", tiny, tmp_path, "--resume", str(half_done), "--ppo.learning_rate=1e-2", "--lora.r=8")
-    assert "would go on as another run: `lora.r` 4 -> 8, `ppo.learning_rate` 0.001 -> 0.01" in said
+    assert "would be another run: `lora.r` 4 -> 8, `ppo.learning_rate` 0.001 -> 0.01" in said
     run("ppo", tiny, tmp_path, "unread", "--resume", str(half_done), "--ppo.save_steps=5", "--dpo.learning_rate=1")
     said = capsys.readouterr().err
     assert "changed: `ppo.save_steps` 2 -> 5.0, `dpo.learning_rate` 0.001 -> 1.0" in said.replace("2.0 ->", "2 ->")
@@ -333,7 +333,7 @@ def test_weights_that_have_changed_are_refused_and_functions_said(tiny, half_don
         parts = json.loads(json.dumps(about["fingerprint"]["parts"]))
         (parts["reward"]["terms"][0] if part == "reward" else parts[part]).update(change)
         file.write_text(json.dumps(about | {"fingerprint": {"parts": parts}}))
-        with pytest.raises(RecipeError, match=rf"would go on as another run: the {part} .*\(another\), and now \("):
+        with pytest.raises(RecipeError, match=rf"would be another run: the {part} .*\(another\), and now \("):
             resumed_recipe(recipe, "ppo", {})
     resolved = half_done / "recipe.resolved.yaml"
     changed = resolved.read_text().replace("adapter: checkpoints/reward", "adapter: null")
@@ -375,10 +375,10 @@ def test_a_second_signal_exits_at_once(monkeypatch):
 
 
 def test_a_signal_while_sampling_pairs_ends_with_the_same_code_and_goes_on(tiny, output, whole, monkeypatch):
-    from rlhf_recipes.algorithms import pairs as preferences
+    from rlhf_recipes.algorithms import pairs
 
-    label = preferences.label_pairs
-    monkeypatch.setattr(preferences, "label_pairs", lambda *args: (terminated(), label(*args))[1])
+    label = pairs.label_pairs
+    monkeypatch.setattr(pairs, "label_pairs", lambda *args: (terminated(), label(*args))[1])
     with pytest.raises(SystemExit) as stop:
         run("dpo", tiny, output, "sampling", *STAGES["dpo"][0])
     assert stop.value.code == interrupts.EXIT_CODE

@@ -41,7 +41,7 @@ PROMPTS, TEXTS = ["the film was", "the plot", "a"], [" great", " dull and poor",
 
 @pytest.fixture
 def tokenizer(tiny):
-    return load_tokenizer(load_recipe(tiny))
+    return load_tokenizer(load_recipe(tiny).model, tiny)
 
 
 def samples_of(tokenizer, prompts=PROMPTS, texts=TEXTS, ended=(True, False, True), **columns):
@@ -242,7 +242,7 @@ def test_a_model_reads_the_text_with_its_own_tokenizer(tiny, foreign, keys, colu
     recipe = load_recipe(
         tiny, {"reward.adapter": None, "reward.model": str(foreign), **{f"reward.{k}": v for k, v in keys.items()}}
     )
-    roles = build_roles(recipe, load_tokenizer(recipe))
+    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
     model = AutoModelForSequenceClassification.from_pretrained(foreign).eval()
     tokenizer = roles.reward.terms[foreign.name].scorer.tokenizer
     scores = roles.reward(samples_of(roles.tokenizer), batch_size=2)
@@ -374,7 +374,7 @@ def test_a_model_of_several_labels_needs_one_named(tiny, foreign):
     for label in (None, "fine", 7):
         recipe = load_recipe(tiny, {"reward.adapter": None, "reward.model": str(foreign), "reward.label": label})
         with pytest.raises(RecipeError, match=r"none of its labels: 0 \(bad\), 1 \(so-so\), 2 \(good\)"):
-            build_roles(recipe, load_tokenizer(recipe))
+            build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
 
 
 # --- the sum -----------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
         "data.max_completion_tokens": 24,
     }  # fmt: skip
     recipe = load_recipe(tiny, overrides)
-    roles, task = build_roles(recipe, load_tokenizer(recipe)), load_task(recipe)
+    roles, task = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder)), load_task(recipe.folder)
     run = Run.prepare(recipe, "ppo")
     run.folder.mkdir(parents=True)
     roles.reward.terms["gold_reward"].scorer.function = lambda p, c: [float(len(text)) for text in c]
@@ -428,7 +428,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
     from rlhf_recipes.tasks import load_dataset
 
     prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), roles.tokenizer, 24)
-    judged = complete(roles.reference, roles, prompts, recipe)
+    judged = complete(roles.reference, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size)
     for name, raw in judged.terms.items():
         term = roles.reward.terms[name]
         shaped = (raw - term.mean) / term.deviation
@@ -460,4 +460,4 @@ def test_mistakes_in_the_reward_section(tiny, overrides, message):
 def test_a_missing_function_is_named(tiny):
     recipe = load_recipe(tiny, {"reward.adapter": None, "reward.function": "politeness"})
     with pytest.raises(RecipeError, match="needs a function `politeness`"):
-        build_roles(recipe, load_tokenizer(recipe))
+        build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))

@@ -418,13 +418,14 @@ def test_each_job_is_of_one_wandb_group_offline_and_named(write, monkeypatch):
 def test_wandb_gets_the_group(tiny, tmp_path, monkeypatch):
     import wandb
 
-    from rlhf_recipes.runs.trackers import Tracker
+    from rlhf_recipes.runs.folder import Run
 
     groups = []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb, "init", lambda **settings: groups.append(settings["group"]))
     for overrides in ({}, {"run.group": "beta"}):
-        Tracker(load_recipe(tiny, overrides | {"run.tracker": "wandb"}), "ppo", tmp_path)
+        settings = {"run.tracker": "wandb", "run.output": str(tmp_path), "run.name": str(len(groups))}
+        Run.prepare(load_recipe(tiny, overrides | settings), "ppo").start()
     assert groups == ["tiny", "beta"]
 
 

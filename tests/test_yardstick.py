@@ -14,6 +14,7 @@ from rlhf_recipes.evaluation.judging import Completions, distinct_n
 from rlhf_recipes.evaluation.tables import fraction_bound, print_evaluation
 from rlhf_recipes.evaluation.yardstick import Judged, estimate_optimum, evaluation_of, frontiers, measure, measure_best_of_n
 from rlhf_recipes.recipe.loading import DEFAULT_RECIPE, load_recipe
+from rlhf_recipes.runs.fingerprint import fingerprint
 from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.resume import newest_run
 from tests.test_scripts import lines, run
@@ -168,7 +169,8 @@ def test_an_optimum_of_few_samples_is_printed_as_a_bound_without_intervals(capsy
     policies = [Judged("reference"), Judged("mine", folder=Path("outputs/imdb/ppo/the-run"))]
     for beta, bound in ((5.0, False), (0.05, True)):
         judged_at = load_recipe(DEFAULT_RECIPE, {"objective.beta": beta})
-        evaluation = evaluation_of({"reference": reference, "mine": policy}, policies, judged_at)
+        judged, judged_by = {"reference": reference, "mine": policy}, fingerprint(judged_at, "evaluate")
+        evaluation = evaluation_of(judged, policies, beta, judged_at.evaluate, judged_by)
         assert evaluation["optimum"]["bound"] == bound
         assert (evaluation["optimum"]["effective_sample_size"] < 10) == bound
         print_evaluation(evaluation)
@@ -253,7 +255,7 @@ def test_trials_of_sweeps_get_no_latest_and_are_judged_and_merged_by_name_alone(
     del about["trial"]  # as in an older one
     (folder / "beta-trial-1/run.json").write_text(json.dumps(about))
     assert (folder / "latest").resolve().name == "mine"
-    assert newest_run(load_recipe(tiny, {"run.output": str(tmp_path / "outputs")}), "ppo").name == "mine"
+    assert newest_run(folder).name == "mine"
     assert run("merge", tiny, tmp_path)["adapter"] == str(folder / "mine")
     run("evaluate", tiny, tmp_path, f"--evaluate.policies=[{folder}/beta-trial-0]")
     assert "ppo/beta-trial-0" in json.loads((tmp_path / "outputs/tiny/evaluate/it/evaluation.json").read_text())["policies"]

@@ -12,10 +12,9 @@ from pathlib import Path
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
-task = load_task(load_recipe(Path(__file__).parent))
+task = load_task(Path(__file__).parent)
 Labelled = list[tuple[str, bool]]
 
 

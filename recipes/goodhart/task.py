@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
-_imdb = load_task(load_recipe(Path(__file__).resolve().parent.parent / "imdb"))
+_imdb = load_task(Path(__file__).resolve().parent.parent / "imdb")
 load_prompts, gold_reward = _imdb.load_prompts, _imdb.gold_reward
 
 

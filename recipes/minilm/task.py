@@ -10,7 +10,7 @@ from rlhf_recipes.tasks import load_task
 
 FOLDER = Path(__file__).resolve().parent
 
-imdb = load_task(load_recipe(FOLDER.parent / "imdb"))
+imdb = load_task(FOLDER.parent / "imdb")
 
 load_preferences, gold_reward = imdb.load_preferences, imdb.gold_reward
 

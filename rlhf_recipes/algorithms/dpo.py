@@ -1,6 +1,9 @@
 """DPO on a LoRA policy: TRL's DPOTrainer on the recipe's own roles and on the very tokens that were sampled."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,8 +15,17 @@ from torch import Tensor
 from trl.trainer import dpo_trainer as trl_dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rlhf_recipes.algorithms.trl_config import DPOConfig, balances_experts
+from rlhf_recipes.algorithms.pairs import load_pairs, sample_of, sample_pairs, tokenize_preferences
+from rlhf_recipes.algorithms.trl_config import balances_experts, refuse_unread, refused_by_trl, stage_config
+from rlhf_recipes.checks.look import made_for_others
+from rlhf_recipes.checks.models import examine
+from rlhf_recipes.checks.saved import read_back_policy
+from rlhf_recipes.data.datasets import tokenize_prompts
+from rlhf_recipes.data.pair_files import pairs_file
+from rlhf_recipes.data.tokenizer import end_token_ids, load_tokenizer
 from rlhf_recipes.data.tokens import join_padded
+from rlhf_recipes.evaluation.judging import judge_policy, prepare_rewards
+from rlhf_recipes.evaluation.watch import watch
 from rlhf_recipes.objective import robust_smoothing
 from rlhf_recipes.process import progress_bar
 from rlhf_recipes.recipe.errors import RecipeError, StoppedError
@@ -21,10 +33,25 @@ from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.roles import Roles, build_roles
 from rlhf_recipes.rollouts.forward import response_forward
+from rlhf_recipes.runs.folder import Run
 from rlhf_recipes.runs.sharding import whole_model
 from rlhf_recipes.runs.trainer import Resumable
+from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 2e-2}  # nats a token, of two ways to one log-probability
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig, and how often new pairs are sampled."""
+
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds of pairs and training; from the second on the policy itself is sampled. The labels depend on "
+            "the rewards alone, so DPO's optimum at this beta and reference is the same whoever was sampled."
+        },
+    )
 
 
 def first_loss(loss_type: str, beta: float, smoothing: float) -> float | None:
@@ -208,17 +235,17 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
             rows.append((row[:start], row[start:]))
         return [rows[: len(pairs)], rows[len(pairs) :]]
 
-    def whole_roles(self, recipe: Recipe) -> Roles:
-        """The roles with the trained policy; new ones where an engine took the policy apart, with the weights they share."""
+    def whole_roles(self, build: Callable[[], Roles]) -> Roles:
+        """The roles with the trained policy: those that `build` makes where an engine took the policy apart."""
         roles = self.roles
 
-        def build() -> Any:
+        def build_policy() -> Any:
             nonlocal roles
-            before, roles = roles, build_roles(recipe, roles.tokenizer)
+            before, roles = roles, build()
             roles.reward = before.reward
             return roles.policy
 
-        whole_model(self, build)
+        whole_model(self, build_policy)
         return roles
 
     @torch.no_grad()
@@ -242,6 +269,62 @@ class DPOTrainer(Resumable, trl.DPOTrainer):
         return logprobs.sum(1)
 
 
-def dpo_fields(recipe: Recipe) -> dict[str, Any]:
+def dpo_fields(beta: float) -> dict[str, Any]:
     """The facts that DPO shares with other stages, under TRL's field names, and what its pairs need."""
-    return {"beta": recipe.objective.beta, **STAGES["dpo"].defaults}
+    return {"beta": beta, **STAGES["dpo"].defaults}
+
+
+def train_dpo(recipe: Recipe) -> dict[str, Any]:
+    """Trains the policy of `recipe` on given, the task's or sampled pairs and judges it on held-out prompts; returns the
+    summary."""
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    section, longest = recipe.stages["dpo"], recipe.data.max_prompt_tokens
+    ends, prompts, pairs = end_token_ids(tokenizer, recipe.path(recipe.model.path)), None, None
+    given = None if recipe.preferences.path is None else pairs_file(recipe.preferences.path, recipe.folder)
+    if given is None and recipe.preferences.source == "task":
+        pairs = tokenize_preferences(load_dataset(task, "load_preferences", "train"), tokenizer, ends, recipe.data)
+    if (pairs is None and given is None) or section.get("rounds", 1) > 1:
+        prompts = tokenize_prompts(load_dataset(task, "load_prompts", "train"), tokenizer, longest, recipe.preferences.prompts)
+    held_out = tokenize_prompts(load_dataset(task, "load_prompts", "eval"), tokenizer, longest, recipe.evaluate.prompts)
+    gold = optional_gold(task, held_out)
+
+    roles = build_roles(recipe, tokenizer)
+    examine(roles, held_out, recipe)
+    vocabulary = roles.policy.get_input_embeddings().num_embeddings
+    if given is not None:
+        pairs = load_pairs(given, vocabulary, tokenizer, ends, recipe.data)
+
+    args = stage_config(DPOConfig, "dpo", section, recipe.run.seed, recipe.model.dtype, **dpo_fields(recipe.objective.beta))
+    pairs = None if pairs is None else fitting_pairs(pairs, args)
+    with refused_by_trl("dpo"):
+        trial = DPOTrainer(args, roles, sample_of(pairs, tokenizer))  # before anything is written
+        trial.try_optimizer()
+    refuse_unread(trial, "dpo", section, recipe.model.path)
+    if pairs is not None:
+        trial.refuse_no_batch("dpo", len(pairs))
+
+    run = Run.prepare(recipe, "dpo")
+    run.start()
+    for line in made_for_others(recipe, given) if given is not None else ():
+        run.say(line)
+    prepare_rewards(roles, task, run)
+    first = run.memory.get("round", 0)  # above 0 in a run that is resumed
+    pairs = None if first else pairs
+    for number in range(first, args.rounds):
+        if pairs is None:
+            policy, name = (roles.policy, f"pairs-{number + 1}.jsonl") if number else (roles.reference, "pairs.jsonl")
+            run.say(f"no pairs given: sampling them first, into {run.folder / name}" if number == 0 else "sampling new pairs")
+            sample_pairs(policy, roles, prompts, run, name, seed=recipe.run.seed + number)
+            pairs = load_pairs(run.folder / name, vocabulary, tokenizer, ends, recipe.data)
+        run.memory["round"] = number
+        trainer = DPOTrainer(args, roles, pairs, fresh=number == 0 and run.checkpoint is None)
+        trainer.refuse_no_batch("dpo", len(pairs))
+        watch(trainer, run)
+        trainer.train()
+        pairs = None
+
+    roles = trainer.whole_roles(partial(build_roles, recipe, tokenizer))
+    run.save_adapter(roles.policy, run.folder)
+    if run.main:
+        read_back_policy(run.folder, roles, held_out)
+    return judge_policy(run, roles, held_out, gold)

@@ -21,7 +21,7 @@ from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
 def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Trains the policy of `recipe` by `stage` ("ppo" or "a2c") and judges it on held-out prompts; returns the summary."""
-    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
+    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
     settings, longest = online_settings(stage, recipe.stages[stage]), recipe.data.max_prompt_tokens
     prompts = load_dataset(task, "load_prompts", "train")
     train = tokenize_prompts(prompts, tokenizer, longest, at_least=episodes_per_update(settings))
@@ -40,10 +40,12 @@ def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     watched = held_out.select(range(min(recipe.watch.prompts, len(held_out))))
 
     def judge() -> dict[str, float]:
-        judged = complete(roles.policy, roles, watched, recipe, gold)
+        judged = complete(roles.policy, roles, watched, recipe.run.seed, recipe.evaluate.batch_size, gold)
         return judged.means(recipe.objective.beta) | judged.standard_errors()
 
-    args = stage_config(PPOConfig, recipe, stage, **ppo_fields(recipe, stage))
+    args = stage_config(
+        PPOConfig, stage, recipe.stages[stage], recipe.run.seed, recipe.model.dtype, **ppo_fields(recipe, stage)
+    )
     with refused_by_trl(stage):
         trainer = PPOTrainer(args, roles, train, judge=judge)
 

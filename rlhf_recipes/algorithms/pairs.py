@@ -18,13 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.data.datasets import row_of, warn_of_doubled_tokens
 from rlhf_recipes.data.pair_files import FILE, IDS, read_pairs
-from rlhf_recipes.data.tokenizer import end_token_ids
 from rlhf_recipes.data.tokens import common_length, encode_pair, template_of
 from rlhf_recipes.evaluation.judging import Completions, complete
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.process import progress_bar, say_left_out
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import DataSection
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.runs.folder import Run
 
@@ -36,7 +35,7 @@ def sample_pairs(
 ) -> dict[str, Any]:
     """Samples `preferences.pairs_per_prompt` pairs for each prompt and appends them to `name` in the run's folder.
 
-    The prompts are worked off in slices; slices that `progress.jsonl` says are done are left as they are.
+    The prompts are sampled in slices; those that `progress.jsonl` calls done are left as they are.
 
     Args:
         policy: who is sampled: the policy or the reference of `roles`.
@@ -47,7 +46,7 @@ def sample_pairs(
         {"prompts", "pairs", "identical", "unjudged", "label_agreement"}: the pairs dropped because both completions were the
         same or one has no reward, and the share of pairs whose chosen completion has the higher reward.
     """
-    recipe, section = run.recipe, run.recipe.preferences
+    section = run.recipe.preferences
     per_slice = max(1, 4 * section.batch_size // (2 * section.pairs_per_prompt))
     starts = range(0, len(prompts), per_slice)
     done = _finished_slices(run.folder / name, run.folder / _PROGRESS, name)
@@ -57,8 +56,8 @@ def sample_pairs(
         rows = prompts.select(range(start, min(start + per_slice, len(prompts))))
         if number >= len(done):
             slice_seed = (seed * 100_003 + number) % 2**40  # `complete` has a million batches' seeds for each
-            judged = complete(policy, roles, rows, recipe, samples=2 * section.pairs_per_prompt, seed=slice_seed,
-                              batch_size=section.batch_size, measure_kl=False)  # fmt: skip
+            count, size = 2 * section.pairs_per_prompt, section.batch_size
+            judged = complete(policy, roles, rows, slice_seed, size, samples=count, measure_kl=False)
             pairs, dropped = label_pairs(rows, judged, section.label, slice_seed)
             run.write_lines(name, pairs)
             agree = sum(p["chosen_reward"] > p["rejected_reward"] for p in pairs)
@@ -141,19 +140,22 @@ def label_pairs(prompts: Dataset, judged: Completions, label: str, seed: int) ->
     return pairs, dropped
 
 
-def load_pairs(file: Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Dataset:
+def load_pairs(
+    file: Path, vocabulary: int, tokenizer: PreTrainedTokenizerBase, ends: list[int], lengths: DataSection
+) -> Dataset:
     """A file of pairs as DPOTrainer's collator takes them: token ids, and each pair's `label_smoothing`.
 
     Args:
         file: what `sample_pairs` writes, or lines of prompt, chosen and rejected, which are tokenised here.
         vocabulary: rows of the backbone's embedding.
+        ends: see `end_token_ids`.
 
     Raises:
         RecipeError: a line is neither, or its tokens are of another tokenizer.
     """
     rows, tokens = read_pairs(file, vocabulary, partial(tokenizer.decode, skip_special_tokens=True))
     if not tokens:
-        return tokenize_preferences(rows, tokenizer, recipe, str(file))
+        return tokenize_preferences(rows, tokenizer, ends, lengths, str(file))
     return Dataset.from_dict({name: [row[name] for row in rows] for name in IDS})
 
 
@@ -166,18 +168,24 @@ def sample_of(pairs: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Data
 
 
 def tokenize_preferences(
-    pairs: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, source: str = "load_preferences"
+    pairs: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    lengths: DataSection,
+    source: str = "load_preferences",
 ) -> Dataset:
     """Pairs as a person made them to the same token ids.
 
     Those with a prompt over `data.max_prompt_tokens`, or whose completions are the same, are left out; a completion over
     `data.max_completion_tokens` is cut there. Both are counted and said.
 
+    Args:
+        ends: see `end_token_ids`.
+
     Raises:
         RecipeError: none is left.
     """
-    limit, longest = recipe.data.max_completion_tokens, recipe.data.max_prompt_tokens
-    ends = end_token_ids(tokenizer, recipe.path(recipe.model.path))
+    limit, longest = lengths.max_completion_tokens, lengths.max_prompt_tokens
     if isinstance(pairs, Dataset):
         warn_of_doubled_tokens(pairs, tokenizer, source)
     columns: dict[str, list] = {name: [] for name in IDS}

@@ -63,7 +63,7 @@ def look(recipe: Recipe, name: str, seconds: float = SECONDS) -> Seen:
             from rlhf_recipes.tasks import load_dataset, load_task
 
             with _offline():
-                task = _here(load_task, recipe)
+                task = _here(load_task, recipe.folder)
                 functions = _reward_functions(recipe, stage)
                 if (stage.judged or stage.judges) and getattr(task, "gold_reward", None) is not None:
                     functions.append("gold_reward")
@@ -202,7 +202,7 @@ def _usable(task: types.ModuleType, functions: list[str], columns: list[str] | N
 
 
 def _pairs(recipe: Recipe, seen: Seen) -> str:
-    file, tokenizer = pairs_file(recipe), _tokenizer(recipe)
+    file, tokenizer = pairs_file(str(recipe.preferences.path), recipe.folder), _tokenizer(recipe)
     decode = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     rows, _ = read_pairs(file, backbone_vocabulary(recipe), decode)
     seen.lines += made_for_others(recipe, file)

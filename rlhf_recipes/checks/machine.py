@@ -34,8 +34,6 @@ def check(recipe: Recipe, name: str) -> None:
     if not (recipe.folder / "task.py").is_file():
         raise RecipeError(f"{recipe.folder / 'task.py'}: no such file; a recipe's task.py gives its data")
     check_run_folder(recipe, name)
-    if stage.judges and recipe.evaluate.exact and recipe.objective.beta == 0:
-        raise RecipeError("`evaluate.exact` divides by `objective.beta`, which is 0")
     if not stage.loads_weights:
         return
     if recipe.lora.init_lora_weights is False:
@@ -58,7 +56,7 @@ def check(recipe: Recipe, name: str) -> None:
                 check_folder(recipe, f"{where}.model", term.model, "config.json", "*.safetensors")
         check_lengths(recipe)
     if stage.sampled_pairs and recipe.preferences.path is not None:
-        pairs_file(recipe)
+        pairs_file(recipe.preferences.path, recipe.folder)
     check_pad(recipe)
     _check_disk(recipe, stage)
 

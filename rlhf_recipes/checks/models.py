@@ -53,7 +53,7 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
     if is_chat(prompts[0]["prompt"]):  # raises where stages would see other tokens
         ends = list(roles.sampler.ends.tokens)
         encode_pair(roles.tokenizer, prompts[0]["prompt"], "An answer.", ends, template_of(prompts[0]))
-    judged = complete(roles.policy, roles, prompts, recipe)
+    judged = complete(roles.policy, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size)
     kl = judged.kl.abs().max().item()
     if not kl <= ROUNDING[torch.float32]:
         raise RecipeError(

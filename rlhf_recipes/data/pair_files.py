@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import resolved
 
 FILE = "pairs.jsonl"
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "label_smoothing")
 TEXTS = ("prompt", "chosen", "rejected")
 
 
-def pairs_file(recipe: Recipe) -> Path:
-    """`preferences.path`: a .jsonl file, or the pairs.jsonl of a folder that scripts/preferences.py made.
+def pairs_file(given: str, folder: Path) -> Path:
+    """The file of `preferences.path`: a .jsonl file, or the pairs.jsonl of a folder that scripts/preferences.py made.
+
+    Args:
+        folder: the recipe's.
 
     Raises:
         RecipeError: there is no such file.
     """
-    given = str(recipe.preferences.path)
-    file = Path(recipe.path(given))
+    file = Path(resolved(given, folder))
     if file.is_dir():
         if not (file / FILE).is_file():
             raise RecipeError(f"`preferences.path` {given}: the folder {file} has no {FILE}")
         return file / FILE
     if not file.is_file():
         raise RecipeError(
-            f"`preferences.path` {given}: no such folder or file of pairs, neither beside the recipe ({recipe.folder}) nor here"
+            f"`preferences.path` {given}: no such folder or file of pairs, neither beside the recipe ({folder}) nor here"
         )
     return file
 
@@ -116,7 +118,7 @@ def _check_text(row: dict[str, Any], decode: Callable[[list[int]], str]) -> None
             if not ours.startswith(theirs) and not theirs.startswith(ours):  # the text may end before a stop string
                 raise ValueError(
                     f"{side}_ids are of another tokenizer: the backbone's reads {shortened(said)} for {shortened(text)}; make "
-                    f"the pairs anew with this recipe, or give them without token ids"
+                    f"the pairs again with this recipe, or give them without token ids"
                 )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import cached_file
 
 from rlhf_recipes.recipe.errors import RecipeError, loading, nearest
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import ModelSection, resolved, said
 
 _MAY_BE_ABSENT = {
     "_raise_exceptions_for_missing_entries": False,
@@ -23,45 +23,47 @@ _MAY_BE_ABSENT = {
 }
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSection, folder: Path) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, padding on the left as generation needs.
+
+    Args:
+        folder: the recipe's, beside which its paths are looked for.
 
     Raises:
         RecipeError: without a pad token of its own. TRL finds a response's end as the first pad, so pad must differ
             from eos.
     """
-    trusted = recipe.model.trust_remote_code
-    with loading(f"the tokenizer of `model.path` {recipe.said(recipe.model.path)}", switch="model.trust_remote_code"):
+    with loading(f"the tokenizer of `model.path` {said(model.path, folder)}", switch="model.trust_remote_code"):
         tokenizer = AutoTokenizer.from_pretrained(
-            recipe.path(recipe.model.path), padding_side="left", trust_remote_code=trusted
+            resolved(model.path, folder), padding_side="left", trust_remote_code=model.trust_remote_code
         )
-    complete_tokenizer(tokenizer, recipe)
+    complete_tokenizer(tokenizer, model, folder)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
-            f"the tokenizer of `model.path` {recipe.model.path} has the pad token {tokenizer.pad_token!r} and the eos "
+            f"the tokenizer of `model.path` {model.path} has the pad token {tokenizer.pad_token!r} and the eos "
             f"token {tokenizer.eos_token!r}; pad must exist and differ from eos: PPO finds a response's end by its first pad. "
             f"Name another token of its vocabulary with `model.pad_token`"
         )
     return tokenizer
 
 
-def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelSection, folder: Path) -> None:
     """Gives a tokenizer the pad and eos token and the chat template of the recipe, where it has them.
 
     Raises:
         RecipeError: the vocabulary has no such token. A new one would need a new row of the embedding.
     """
     for name in ("pad_token", "eos_token"):
-        token = getattr(recipe.model, name)
+        token = getattr(model, name)
         if token is None:
             continue
         vocabulary = tokenizer.get_vocab()
         if token not in vocabulary:
             near = nearest(token, vocabulary)
-            raise RecipeError(f"`model.{name}` {token!r}: not in the vocabulary of {recipe.model.path}{near}")
+            raise RecipeError(f"`model.{name}` {token!r}: not in the vocabulary of {model.path}{near}")
         setattr(tokenizer, name, token)
-    if recipe.model.chat_template is not None:
-        tokenizer.chat_template = (recipe.folder / recipe.model.chat_template).read_text(encoding="utf-8-sig")
+    if model.chat_template is not None:
+        tokenizer.chat_template = (folder / model.chat_template).read_text(encoding="utf-8-sig")
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
@@ -109,9 +111,14 @@ class Ends:
         return ended if self.texts is None else ended | self.texts(responses, None)
 
 
-def load_ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ends:
-    """Where a completion by the recipe's backbone ends."""
-    return Ends(tokenizer, end_token_ids(tokenizer, recipe.path(recipe.model.path)), recipe.sampling.stop)
+def load_ends(tokenizer: PreTrainedTokenizerBase, backbone: str, stop: list[str] | None) -> Ends:
+    """Where a completion by a backbone ends.
+
+    Args:
+        backbone: see `end_token_ids`.
+        stop: `sampling.stop`.
+    """
+    return Ends(tokenizer, end_token_ids(tokenizer, backbone), stop)
 
 
 def texts_of(demonstrations: Dataset) -> list[str]:

@@ -143,7 +143,7 @@ def encode_pair(
 
 
 def answered(prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation with its completion; where the prompt's last message is the assistant's, the answer goes on with it."""
+    """A conversation with its completion; where the prompt's last message is the assistant's, the answer continues it."""
     if prompt[-1]["role"] != "assistant" or answer[0]["role"] != "assistant":
         return [*prompt, *answer]
     return [*prompt[:-1], {**answer[0], "content": _content_text(prompt[-1]) + _content_text(answer[0])}, *answer[1:]]

@@ -20,7 +20,6 @@ from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.process import progress_bar, stop_together
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.sections import Recipe
 from rlhf_recipes.rewards.function import FunctionReward
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import response_forward
@@ -96,12 +95,11 @@ def complete(
     policy: PreTrainedModel | PeftModel | Reference,
     roles: Roles,
     prompts: Dataset,
-    recipe: Recipe,
+    seed: int,
+    batch_size: int,
     gold: Gold | None = None,
     title: str | None = None,
     samples: int = 1,
-    seed: int | None = None,
-    batch_size: int | None = None,
     measure_kl: bool = True,
 ) -> Completions:
     """Samples `samples` completions for each prompt and judges them.
@@ -112,17 +110,14 @@ def complete(
     Args:
         policy: the policy or the reference of `roles`, or a model of its own over the same tokenizer.
         prompts: with `prompt` and `input_ids`; other columns reach `gold`.
+        batch_size: sequences at a time.
         title: of the progress bar; without one there is none.
-        seed: of the sampling; default `run.seed`.
-        batch_size: sequences at a time; default `evaluate.batch_size`.
         measure_kl: false leaves kl, kl_k3 and entropy at zero and saves two forward passes.
     """
-    size = batch_size or recipe.evaluate.batch_size
     rows = [i for i in range(len(prompts)) for _ in range(samples)]
-    batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+    batches = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     state = PartialState()
     mine = range(state.process_index, len(batches), state.num_processes)
-    seed = recipe.run.seed if seed is None else seed
     judged: list[tuple[int, dict[str, list]]] = []
     failure = None
     with torch.random.fork_rng():
@@ -186,7 +181,7 @@ def _judge_batch(
 
 
 def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
-    """Tells the rewards where failures go, and with `reward.normalize` measures each one's mean and deviation.
+    """Tells the rewards where failures go, and with `reward.normalize` measures each one's mean and standard deviation.
 
     That is over a completion by the reference of each of the first `reward.normalize_prompts` training prompts, with a seed of
     its own, so all stages of a recipe find the same numbers.
@@ -197,7 +192,8 @@ def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
         return
     prompts = load_dataset(task, "load_prompts", "train")
     prompts = tokenize_prompts(prompts, roles.tokenizer, recipe.data.max_prompt_tokens, recipe.reward.normalize_prompts)
-    judged = complete(roles.reference, roles, prompts, recipe, title="the reference's rewards", measure_kl=False)
+    seed, size = recipe.run.seed, recipe.evaluate.batch_size
+    judged = complete(roles.reference, roles, prompts, seed, size, title="the reference's rewards", measure_kl=False)
     for name, term in roles.reward.terms.items():
         known = judged.terms[name][~judged.terms[name].isnan()]
         deviation = known.std().item() if len(known) > 1 else 0.0
@@ -207,25 +203,24 @@ def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
                 f"it off"
             )
         term.mean, term.deviation = known.mean().item(), deviation
-        run.say(f"the reference's `{name}`: mean {term.mean:.3f}, deviation {term.deviation:.3f}")
+        run.say(f"the reference's `{name}`: mean {term.mean:.3f}, standard deviation {term.deviation:.3f}")
 
 
 def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:
     """Ends a policy stage: held-out completions of reference and policy, a table, samples.jsonl and summary.json."""
-    recipe, beta = run.recipe, run.recipe.objective.beta
+    beta, section, seed = run.recipe.objective.beta, run.recipe.evaluate, run.recipe.run.seed
     roles.policy.eval()
     sides = {"reference": roles.reference, "policy": roles.policy}
     judged = {
-        name: complete(model, roles, prompts, recipe, gold, f"{name} on held-out prompts") for name, model in sides.items()
+        name: complete(model, roles, prompts, seed, section.batch_size, gold, f"{name} on held-out prompts")
+        for name, model in sides.items()
     }
     metrics = {name: completions.means(beta) for name, completions in judged.items()}
     del metrics["reference"]["kl"]  # zero by definition
     rows = side_by_side(prompts, judged)
-    run.write_lines("samples.jsonl", rows)
-    if run.tracker is not None:
-        run.tracker.table("samples", rows)
+    run.write_samples(rows)
     run.log({f"eval/{name}": value for name, value in metrics["policy"].items()}, step=run.last_step + 1)
-    shown = rows[: recipe.evaluate.samples]
+    shown = rows[: section.samples]
     summary = run.finish({"prompts": len(prompts), **metrics}, card=markdown_samples(shown))
     if run.main:
         print_samples(shown)
@@ -247,18 +242,23 @@ def side_by_side(prompts: Dataset, judged: dict[str, Completions]) -> list[dict[
 
 
 def sample_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, task: types.ModuleType, recipe: Recipe
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
+    task: types.ModuleType,
+    samples: int,
+    seed: int,
 ) -> list[dict[str, str]]:
-    """What a backbone writes: continuations of the first `evaluate.samples` held-out prompts, or of bos without any."""
+    """What a backbone writes: continuations of the first `samples` held-out prompts of a task, or of bos without any."""
     rows = Dataset.from_dict({"prompt": [""]})
     if hasattr(task, "load_prompts"):
         rows = load_dataset(task, "load_prompts", "eval")
-        rows = rows.select(range(min(recipe.evaluate.samples, len(rows))))
+        rows = rows.select(range(min(samples, len(rows))))
     nothing = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     ids = [row or nothing for row in prompt_ids(rows, tokenizer)]
     prompts = rows["prompt"][:] if "prompt" in rows.column_names else tokenizer.batch_decode(ids, skip_special_tokens=True)
     queries, attention = (tensor.to(model.device) for tensor in pad_left(ids, tokenizer.pad_token_id))
-    torch.manual_seed(recipe.run.seed)
+    torch.manual_seed(seed)
     sampled = sampler(model, queries, attention)
     texts = Samples(sampled.sequences, queries.shape[1], tokenizer, prompts, {}, sampled.attention, sampled.ended).texts
     return [{"prompt": prompt_text(prompt), "completion": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -50,8 +50,6 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
             cells.append(fraction_bound(m["mean"]) if bound and key == "fraction_of_optimum" else own)
         table.add_row(escape(name + (f"\n{runs[name]}" if runs.get(name, name) != name else "")), *cells)
     _wide_console(20 * len(metrics)).print(table)
-    for name, measured in evaluation.get("exact", {}).items():
-        print(f"{name} by enumeration: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
     optimum = evaluation["optimum"]
     print(optimum_text(optimum["objective"], optimum["effective_sample_size"], optimum["proposal"], bound))
     for note in evaluation["notes"]:

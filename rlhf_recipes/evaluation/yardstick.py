@@ -23,9 +23,9 @@ from rlhf_recipes.optimum import (
     wins,
 )
 from rlhf_recipes.recipe.errors import RecipeError, nearest
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import EvaluateSection, resolved
 from rlhf_recipes.recipe.stages import JUDGED
-from rlhf_recipes.runs.fingerprint import another_backbone, differences, fingerprint, of_pairs, recorded_fingerprint
+from rlhf_recipes.runs.fingerprint import another_backbone, differences, of_pairs, recorded_fingerprint
 from rlhf_recipes.runs.resume import newest_run, trials_of
 
 Metrics = dict[str, dict[str, float]]
@@ -51,24 +51,27 @@ class Judged:
 BEST_OF = (4, 16, 64)
 
 
-def policies_to_judge(recipe: Recipe) -> list[Judged]:
+def policies_to_judge(section: EvaluateSection, runs: Path, folder: Path) -> list[Judged]:
     """`evaluate.policies` as `Judged`, the reference always among them and first; the default if there are none.
+
+    Args:
+        runs: the folder of the task's runs, which the default is taken from.
+        folder: the recipe's, beside which other folders are looked for.
 
     Raises:
         RecipeError: a word is none of `reference`, `best-of-N`, [NAME=]FOLDER; two have one name; best-of-N needs more
             completions of the reference.
     """
-    most = recipe.evaluate.reference_completions
-    words = recipe.evaluate.policies
+    most, words = section.reference_completions, section.policies
     if words is None:
         words = [f"best-of-{n}" for n in BEST_OF if n <= most]
         for stage in JUDGED:
-            newest = newest_run(recipe, stage)  # `latest` also links to runs that go on or failed
+            newest = newest_run(runs / stage)  # `latest` also links to runs that still last, or failed
             words += [] if newest is None else [f"{stage}={newest}"]
     judged = [Judged("reference")]
     for word in words:
         name, equals, path = word.rpartition("=")
-        folder = Path(recipe.path(path))
+        named = Path(resolved(path, folder))
         if word == "reference":
             continue
         if best_of := re.fullmatch(r"best-of-(\d{1,9})", word):
@@ -78,8 +81,8 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
                     f"`evaluate.policies`: {word}: `evaluate.reference_completions` is {most}, and N at most that"
                 )
             judged.append(Judged(word, best_of=n))
-        elif os.path.isdir(folder):  # false, not an error, for what can be no folder's name
-            run = folder.resolve()
+        elif os.path.isdir(named):  # false, not an error, for what can be no folder's name
+            run = named.resolve()
             if not any((run / file).is_file() for file in ("adapter_config.json", "config.json")):
                 raise RecipeError(
                     f"`evaluate.policies`: {word}: neither an adapter (adapter_config.json) nor a full model in it"
@@ -98,16 +101,16 @@ def policies_to_judge(recipe: Recipe) -> list[Judged]:
     return judged
 
 
-def left_out(recipe: Recipe) -> list[str]:
+def left_out(section: EvaluateSection, runs: Path) -> list[str]:
     """What the default of `evaluate.policies` does not judge, and why, a line each."""
-    if recipe.evaluate.policies is not None:
+    if section.policies is not None:
         return []
-    most = recipe.evaluate.reference_completions
+    most = section.reference_completions
     too_many = [f"best-of-{n}" for n in BEST_OF if n > most]
     lines = [f"left out: {', '.join(too_many)}, as `evaluate.reference_completions` is {most}"] if too_many else []
     for stage in JUDGED:
-        trials = trials_of(recipe, stage)
-        if trials and newest_run(recipe, stage) is None:
+        trials = trials_of(runs / stage)
+        if trials and newest_run(runs / stage) is None:
             lines.append(
                 f"left out: {len(trials)} runs of {stage}, which are trials of sweeps; one is judged by its folder: "
                 f"--evaluate.policies '[{trials[0]}]'"
@@ -115,17 +118,20 @@ def left_out(recipe: Recipe) -> list[str]:
     return lines
 
 
-def trained_for_others(policies: list[Judged], recipe: Recipe) -> list[str]:
+def trained_for_others(policies: list[Judged], judged_by: dict[str, Any]) -> list[str]:
     """Policies that were trained for something else than they are judged by here, a line each.
+
+    Args:
+        judged_by: the evaluation's fingerprint.
 
     Raises:
         RecipeError: an adapter was trained on another backbone.
     """
-    ours, lines = fingerprint(recipe, "evaluate"), []
+    lines = []
     for policy in policies:
-        found = differences(policy.trained_for, ours)
+        found = differences(policy.trained_for, judged_by)
         adapter = policy.folder is not None and (policy.folder / "adapter_config.json").is_file()
-        if adapter and (other := another_backbone(policy.trained_for, ours)):
+        if adapter and (other := another_backbone(policy.trained_for, judged_by)):
             raise RecipeError(f"`evaluate.policies`: {policy.folder}: an adapter trained on {other}")
         if not adapter:
             found.pop("backbone", None)  # a model of its own stands on none
@@ -164,16 +170,22 @@ class Optimum:
 
 
 def evaluation_of(
-    judged: dict[str, Completions], policies: list[Judged], recipe: Recipe, notes: Sequence[str] = ()
+    judged: dict[str, Completions],
+    policies: list[Judged],
+    beta: float,
+    section: EvaluateSection,
+    judged_by: dict[str, Any],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         judged: the completions of the reference and of every policy in a folder, by name.
         policies: what to report, in this order.
+        judged_by: the evaluation's fingerprint.
         notes: what a reader should know beside the numbers.
     """
-    beta, reference = recipe.objective.beta, judged["reference"]
+    reference = judged["reference"]
     for name, completions in judged.items():
         unjudged = int(completions.reward.isnan().sum())
         if unjudged:
@@ -183,8 +195,8 @@ def evaluation_of(
     return {
         "beta": beta,
         "prompts": len(reference.reward),
-        "completions": recipe.evaluate.completions,
-        "reference_completions": recipe.evaluate.reference_completions,
+        "completions": section.completions,
+        "reference_completions": section.reference_completions,
         "optimum": optimum.to_dict() | {"from_reference": from_reference.to_dict()},
         "policies": {
             policy.name: (
@@ -196,7 +208,7 @@ def evaluation_of(
         },
         "folders": {policy.name: str(policy.folder) for policy in policies if policy.folder is not None},
         "runs": {policy.name: policy.run for policy in policies if policy.folder is not None},
-        "judged_by": fingerprint(recipe, "evaluate"),
+        "judged_by": judged_by,
         "trained_for": {policy.name: policy.trained_for for policy in policies if policy.folder is not None},
         "notes": list(notes),
         "frontiers": frontiers(judged),

@@ -264,7 +264,6 @@ class EvaluateSection:
     samples: Positive = _key("side-by-side samples in the closing table", 10)
     completions: Positive = _key("completions of each prompt by each policy (scripts/evaluate.py)", 8)
     reference_completions: Positive = _key("of the reference: they also give best-of-n and the estimate of the optimum", 64)
-    exact: bool = _key("scripts/evaluate.py also enumerates every completion: for laboratories like recipes/lab", False)
     policies: list[str] | None = _key(
         "what scripts/evaluate.py judges: `reference`, `best-of-N`, and [NAME=]FOLDER of an adapter or a full model; "
         "default: the reference, best-of-4, 16 and 64, and the latest run of each policy stage",
@@ -337,17 +336,18 @@ class Recipe:
     def task(self) -> str:
         return self.folder.name
 
+    @property
+    def runs(self) -> Path:
+        """The folder of the task's runs, which has a folder for each stage."""
+        return Path(self.run.output) / self.task
+
     def path(self, value: str) -> str:
-        """`value` if it is a folder here or beside the recipe (in that order reversed), else `value` as a Hub id."""
-        for base in (self.folder, Path.cwd()):
-            found = followed(base / value)
-            if os.path.exists(found):  # false, not an error, for what can be no file's name
-                return str(found.resolve())
-        return value
+        """See `resolved`."""
+        return resolved(value, self.folder)
 
     def said(self, value: str) -> str:
-        """A path of the recipe for a message, which says what it was taken for."""
-        return value if os.path.exists(self.path(value)) else f"{value} (no folder beside the recipe or here, so a Hub id)"
+        """See `said`."""
+        return said(value, self.folder)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `load_recipe` reads back to an equal recipe."""
@@ -356,6 +356,21 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def resolved(value: str, folder: Path) -> str:
+    """A path that a recipe in `folder` names: `value` beside the recipe, else from here, else `value` itself as a Hub id."""
+    for base in (folder, Path.cwd()):
+        found = followed(base / value)
+        if os.path.exists(found):  # false, not an error, for what can be no file's name
+            return str(found.resolve())
+    return value
+
+
+def said(value: str, folder: Path) -> str:
+    """A path of the recipe in `folder` for a message, which says what it was taken for."""
+    found = os.path.exists(resolved(value, folder))
+    return value if found else f"{value} (no folder beside the recipe or here, so a Hub id)"
 
 
 def followed(path: Path) -> Path:

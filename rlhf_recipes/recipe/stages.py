@@ -105,7 +105,7 @@ _ROWS = (
         config=(
             *_TRAINING_ARGUMENTS,
             Source("trl", "trainer/sft_config.py", "SFTConfig"),
-            Source("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
+            Source("rlhf_recipes", "algorithms/sft.py", "SFTConfig"),
         ),
         refused=REFUSED["sft"],
         data=(("load_demonstrations", "eval"), ("load_demonstrations", "train")),
@@ -169,7 +169,7 @@ _ROWS = (
         config=(
             *_TRAINING_ARGUMENTS,
             Source("trl", "trainer/dpo_config.py", "DPOConfig"),
-            Source("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
+            Source("rlhf_recipes", "algorithms/dpo.py", "DPOConfig"),
         ),
         refused=REFUSED["dpo"],
         defaults={

@@ -78,7 +78,6 @@ class Evaluation:
     policies: dict[str, dict[str, Interval]]
     frontiers: Frontiers
     folders: dict[str, str]
-    exact: dict[str, dict[str, float]] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
     judged_by: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

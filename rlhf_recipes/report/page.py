@@ -143,13 +143,6 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
         *markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics), "run"], rows),
         *(line for note in data.notes for line in ("", markdown_text(note))),
     ]
-    if evaluation.exact:
-        keys = list(next(iter(evaluation.exact.values())))
-        exact = [
-            [name, *(f"{values[key]:.4f}" if key in values else "" for key in keys)]
-            for name, values in evaluation.exact.items()
-        ]
-        lines += ["", "By enumeration of every completion:", "", *markdown_table(["policy", *keys], exact)]
     frontier = frontier_plot(data)
     lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(markdown_text, frontier.notes)]
     if gold_plot(data):

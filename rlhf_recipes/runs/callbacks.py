@@ -1,4 +1,4 @@
-"""What watches a training: the run's metrics files and wandb, and a progress bar with the numbers that matter."""
+"""What watches a training run: its metrics files and trackers, and a progress bar with the numbers that matter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from rlhf_recipes.runs.folder import Run
 
 
 class RunLogger(TrainerCallback):
-    """Writes every log of a trainer to the run's metrics.jsonl and to wandb."""
+    """Writes every log of a trainer to the run's metrics.jsonl and to its trackers."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.before = run.last_step  # a stage of several trainings counts on
+        self.before = run.last_step  # a stage of several rounds counts on
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.run.log({k: v for k, v in logs.items() if k != "step"}, step=self.before + state.global_step)

@@ -18,7 +18,7 @@ from rlhf_recipes.recipe.errors import StoppedError
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # as transformers names it
-RESUME = "resume.json"  # what else a run goes on with
+RESUME = "resume.json"  # what else a run resumes with
 
 
 def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) -> None:
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], needed: int) ->
         free = shutil.disk_usage(folder.parent).free
         raise StoppedError(
             f"{folder}: the disk is full: a checkpoint needs about {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are "
-            f"free; the ones before are whole. Make room, then go on with --resume"
+            f"free; the ones before are whole. Make room, then resume with --resume"
         ) from error
     temporary.rename(folder)
     _force_to_disk(folder.parent)
@@ -117,7 +117,7 @@ def prune(run: Path, limit: int | None, best: str | None) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames what a run that goes on will write anew; nothing is removed."""
+    """Renames what a run that resumes will write again; nothing is removed."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.aside-{number}")).exists():
         number += 1

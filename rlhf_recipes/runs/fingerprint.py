@@ -20,8 +20,16 @@ import yaml
 from rlhf_recipes.data.pair_files import FILE, pairs_file
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import REWARD_KINDS, Recipe, RewardTerm
-from rlhf_recipes.recipe.stages import STAGES, Stage
+from rlhf_recipes.recipe.sections import (
+    REWARD_KINDS,
+    ModelSection,
+    PreferencesSection,
+    Recipe,
+    RewardSection,
+    RewardTerm,
+    resolved,
+)
+from rlhf_recipes.recipe.stages import STAGES
 
 RESOLVED = "recipe.resolved.yaml"
 RUN = "run.json"  # what a run is beside its recipe: stage, wandb's id, what it maximised
@@ -41,58 +49,58 @@ def fingerprint(recipe: Recipe, name: str) -> dict[str, Any]:
     DPO on given pairs maximises what these were labelled by: the reward that scripts/preferences.py recorded beside them, or
     the preferences of whoever made them.
     """
-    stage = STAGES[name]
-    parts: dict[str, Any] = {"backbone": _backbone(recipe, stage)}
+    stage, folder, task = STAGES[name], recipe.folder, recipe.folder / "task.py"
+    from_scratch = recipe.stages.get(stage.section, {}).get("from_scratch", False)
+    parts: dict[str, Any] = {"backbone": _backbone(recipe.model, folder, from_scratch)}
     if not stage.supervised:
-        reward = _pairs(recipe) if stage.sampled_pairs else None
-        parts |= {"reward": reward or _reward(recipe), "beta": recipe.objective.beta}
+        reward = _pairs(recipe.preferences, folder) if stage.sampled_pairs else None
+        parts |= {"reward": reward or _reward(recipe.reward, folder), "beta": recipe.objective.beta}
     elif stage.pairs:
-        parts["pairs"] = {"path": "load_preferences", "content": _own_pairs(recipe.folder / "task.py")}
+        parts["pairs"] = {"path": "load_preferences", "content": _own_pairs(task)}
     completion = recipe.data.max_completion_tokens
     parts["sampling"] = dataclasses.asdict(recipe.sampling) | {"max_completion_tokens": completion}
-    parts["data"] = {"max_prompt_tokens": recipe.data.max_prompt_tokens, "task": _file_hash(recipe.folder / "task.py")}
+    parts["data"] = {"max_prompt_tokens": recipe.data.max_prompt_tokens, "task": _file_hash(task)}
     return {"hash": _hash({name: _identity(part) for name, part in parts.items()}), "parts": parts}
 
 
 # --- its parts ---------------------------------------------------------------------------------------------------
 
 
-def _backbone(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    if recipe.stages.get(stage.section, {}).get("from_scratch"):
-        return {"architecture": recipe.model.architecture}
-    return {"path": recipe.model.path, "content": weights_hash(Path(recipe.path(recipe.model.path)))}
+def _backbone(model: ModelSection, folder: Path, from_scratch: bool) -> dict[str, Any]:
+    if from_scratch:
+        return {"architecture": model.architecture}
+    return {"path": model.path, "content": weights_hash(Path(resolved(model.path, folder)))}
 
 
-def _reward(recipe: Recipe) -> dict[str, Any]:
-    section = recipe.reward
+def _reward(section: RewardSection, folder: Path) -> dict[str, Any]:
     return {
-        "terms": [_term(recipe, term) for term in section.all_terms()],
+        "terms": [_term(term, folder) for term in section.all_terms()],
         "normalize": section.normalize_prompts if section.normalize else False,
         **{key: getattr(section, key) for key in ("clip", "length_penalty", "missing_eos_penalty")},
     }
 
 
-def _term(recipe: Recipe, term: RewardTerm) -> dict[str, Any]:
+def _term(term: RewardTerm, folder: Path) -> dict[str, Any]:
     kind = term.kind
     path = str(term.function_name if kind == "function" else getattr(term, kind))
     if kind == "function":
-        content: str | None = source_hash(recipe.folder / "task.py", path)
+        content: str | None = source_hash(folder / "task.py", path)
     else:
-        content = weights_hash(Path(recipe.path(path)))
+        content = weights_hash(Path(resolved(path, folder)))
     keys = ("read_eos",) if kind == "adapter" else REWARD_KINDS[kind]
     settings = {key: getattr(term, key) for key in keys if key not in _NO_MATTER}
     return {"kind": kind, "path": path, "content": content, "weight": term.weight, **settings}
 
 
-def _pairs(recipe: Recipe) -> dict[str, Any] | None:
+def _pairs(preferences: PreferencesSection, folder: Path) -> dict[str, Any] | None:
     """What given pairs were labelled by; None where the run samples its own and labels them by the recipe's reward."""
-    given = recipe.preferences.path
+    given = preferences.path
     if given is None:
-        if recipe.preferences.source == "sampled":
+        if preferences.source == "sampled":
             return None
-        content = source_hash(recipe.folder / "task.py", "load_preferences")
+        content = source_hash(folder / "task.py", "load_preferences")
         return {"terms": [{"kind": PAIRS, "path": "load_preferences", "content": content}]}
-    file = pairs_file(recipe)
+    file = pairs_file(given, folder)
     recorded = parts_of(recorded_fingerprint(file.parent)).get("reward") if file.name == FILE else None
     if recorded:
         return recorded
@@ -321,7 +329,7 @@ def rewards_of_others(recipe: Recipe) -> list[str]:
             reasons.append("on other pairs than load_preferences of this task.py gives")
         if reasons:
             what = f"the reward adapter {term.adapter} was trained"
-            found.append(f"{what} {'; '.join(reasons)}. scripts/reward.py trains one anew")
+            found.append(f"{what} {'; '.join(reasons)}. scripts/reward.py trains a new one")
     return found
 
 

@@ -29,7 +29,7 @@ from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.runs.checkpoints import MANIFEST, RESUME, checkpoints_of, damage, set_aside, share, step_of
 from rlhf_recipes.runs.fingerprint import RESOLVED, RUN, SUMMARY, fingerprint
 from rlhf_recipes.runs.resume import read_run, task_hash
-from rlhf_recipes.runs.trackers import Tracker
+from rlhf_recipes.runs.trackers import Tracked, Trackers
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Finding:
         return f"{self.name}: {self.evidence}. {self.advice}"
 
 
-# Timings go to wandb and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
+# Timings go to the trackers and timing.jsonl, so that metrics.jsonl is the same, byte for byte, whenever the run is repeated.
 _TIMINGS = ("eps", "total_flos", "seconds")
 _TIMING_ENDS = ("_runtime", "_per_second", "_preparation_time")
-# Files that grow: a run that goes on cuts them back to what they were at its checkpoint.
+# Files that grow: a run that resumes cuts them back to what they were at its checkpoint.
 _GROWING = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 
 MODEL = "model"  # the folder of a whole model in a run's
@@ -61,12 +61,12 @@ class Run:
     stage: str
     folder: Path
     main: bool
-    tracker: Tracker | None = None
+    trackers: Trackers = field(default_factory=Trackers)  # started on the main process
     started: float = field(default_factory=time.perf_counter)
     last_step: int = 0
     findings: list[Finding] = field(default_factory=list)
-    memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several trainings keeps over an interruption
-    checkpoint: Path | None = None  # to go on from
+    memory: dict[str, Any] = field(default_factory=dict)  # JSON that a stage of several rounds keeps over an interruption
+    checkpoint: Path | None = None  # to resume from
     _sizes: dict[str, int] = field(default_factory=dict)  # of the files that grow, at that checkpoint
     _lock: FileLock | None = None
 
@@ -74,7 +74,6 @@ class Run:
     def prepare(cls, recipe: Recipe, stage: str) -> "Run":
         """Names the run's folder, the same on every process; writes nothing yet."""
         state = PartialState()
-        stage_folder = Path(recipe.run.output) / recipe.task / stage
         if recipe.run.resume is not None:
             path = Path(recipe.run.resume)  # resume.py has made it the checkpoint, or the run
             if not (path / MANIFEST).is_file():
@@ -84,10 +83,10 @@ class Run:
             return run
         name = recipe.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-seed{recipe.run.seed}"
         [name] = broadcast_object_list([name])  # the processes' clocks differ
-        return cls(recipe, stage, stage_folder / name, state.is_main_process)
+        return cls(recipe, stage, recipe.runs / stage / name, state.is_main_process)
 
     def start(self) -> None:
-        """Makes the folder with the resolved recipe and points `latest` at it, or takes an interrupted one up; starts tracking.
+        """Makes the folder with the resolved recipe and points `latest` at it, or reopens an interrupted one; starts tracking.
 
         Raises:
             RecipeError: the folder exists, or another process is at work in it; nothing is ever overwritten.
@@ -103,8 +102,11 @@ class Run:
         stop_together(failure)
         [folder] = broadcast_object_list([str(self.folder)])
         self.folder = Path(folder)
-        identity = read_run(self.folder).get("wandb") if self.main else None
-        self.tracker = Tracker(self.recipe, self.stage, self.folder, enabled=self.main, identity=identity)
+        if self.main:
+            recipe, identity = self.recipe, read_run(self.folder).get("wandb")
+            group = recipe.run.group or recipe.task
+            tracked = Tracked(recipe.run.project, group, self.stage, self.folder, recipe.to_dict(), identity)
+            self.trackers.start(recipe.run.tracker, tracked)
         self.started = time.perf_counter()
 
     def _make_folder(self) -> None:
@@ -115,7 +117,7 @@ class Run:
         temporary = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
         trial = self.recipe.run.trial or "WANDB_SWEEP_ID" in os.environ  # wandb's agent sets it for each run
-        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe), "trial": trial}
+        about = {"stage": self.stage, "wandb": secrets.token_hex(4), "task": task_hash(self.recipe.folder), "trial": trial}
         if STAGES[self.stage].loads_weights:
             about["fingerprint"] = fingerprint(self.recipe, self.stage)
         made = temporary
@@ -145,7 +147,7 @@ class Run:
             folder = self.folder.with_name(f"{self.folder.name}-{number}")
 
     def _take_folder(self) -> None:
-        """Locks it, and cuts it back to the checkpoint that the run goes on from."""
+        """Locks it, and cuts it back to the checkpoint that the run resumes from."""
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)
         try:
             self._lock.acquire(timeout=0)
@@ -167,10 +169,10 @@ class Run:
                 os.truncate(file, min(file.stat().st_size, self._sizes.get(name, 0)))
         newest = -1 if self.checkpoint is None else step_of(self.checkpoint)
         for folder in checkpoints_of(self.folder):
-            if step_of(folder) > newest:  # damaged, and about to be written anew
+            if step_of(folder) > newest:  # damaged, and about to be written again
                 self.say(f"{folder} is kept as {set_aside(folder).name}")
         for folder in (*self.folder.glob(".*.tmp"), *self.folder.glob("best-*")):
-            if folder.name.startswith(".") or step_of(folder) > newest:  # half a checkpoint; or one that comes again
+            if folder.name.startswith(".") or step_of(folder) > newest:  # half a checkpoint, or one that will be written again
                 shutil.rmtree(folder)
 
     # --- what a checkpoint holds of the run ----------------------------------------------------------------------
@@ -193,7 +195,7 @@ class Run:
         self.memory, self._sizes = saved["memory"], saved["files"]
 
     def take_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, given to the first training that asks."""
+        """The checkpoint to resume from, given to the first trainer that asks."""
         checkpoint, self.checkpoint = self.checkpoint, None
         return checkpoint
 
@@ -205,12 +207,11 @@ class Run:
     # --- what a run writes ---------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """One line of metrics.jsonl (and of timing.jsonl), and the same to wandb."""
+        """One line of metrics.jsonl (and of timing.jsonl), and the same to the trackers."""
         self.last_step = step
         if not self.main:
             return
-        if self.tracker is not None:
-            self.tracker.log(metrics, step=step)
+        self.trackers.each(lambda tracker: tracker.log(metrics, step))
         timing = {k: v for k, v in metrics.items() if k in _TIMINGS or k.endswith(_TIMING_ENDS)}
         self.write_lines("metrics.jsonl", [{"step": step, **{k: v for k, v in metrics.items() if k not in timing}}])
         if timing:
@@ -221,6 +222,11 @@ class Run:
         if self.main:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def write_samples(self, rows: list[dict[str, Any]]) -> None:
+        """samples.jsonl, and the same as a table of the trackers; `rows` are of equal keys."""
+        self.write_lines("samples.jsonl", rows)
+        self.trackers.each(lambda tracker: tracker.table("samples", rows))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         if self.main:
@@ -259,12 +265,12 @@ class Run:
             print(line)
 
     def found(self, finding: Finding, step: int) -> None:
-        """Says what goes wrong: in the terminal, as a wandb alert, and in the summary."""
+        """Says what goes wrong: in the terminal, as an alert of the trackers, and in the summary."""
         self.findings.append(finding)
         if self.main:
             tqdm.write(f"step {step}: {finding}", file=sys.stderr)
-        if self.tracker is not None:
-            self.tracker.alert(finding.name, f"step {step}: {finding.evidence}. {finding.advice}")
+        text = f"step {step}: {finding.evidence}. {finding.advice}"
+        self.trackers.each(lambda tracker: tracker.alert(finding.name, text))
 
     def finish(self, summary: dict[str, Any], card: str = "") -> dict[str, Any]:
         """Writes summary.json = {task, stage, seed, beta, seconds, **summary} and the model card, and returns it."""
@@ -281,8 +287,7 @@ class Run:
             summary["findings"] = [asdict(finding) for finding in self.findings]
         if self.main:
             (self.folder / "README.md").write_text(_model_card(self, summary, card), encoding="utf-8")
-            if self.tracker is not None:
-                self.tracker.finish(summary)
+            self.trackers.each(lambda tracker: tracker.finish(summary))
             self.write_json(SUMMARY, summary)  # the last of all: a run that has it is finished
             print(f"{self.stage}: {self.folder}")
         if self._lock is not None:

@@ -1,6 +1,6 @@
-"""`--resume`: which run goes on, from which checkpoint, and whether it still is the run it was.
+"""`--resume`: which run resumes, from which checkpoint, and whether it still is the run it was.
 
-Nothing heavy is imported here: a run that cannot go on is refused at once.
+Nothing heavy is imported here: a run that cannot resume is refused at once.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _FREE_KEYS = (
 
 
 def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """The recipe that the run was started with, `run.resume` being the checkpoint (without any: the run) to go on from.
+    """The recipe that the run was started with, `run.resume` being the checkpoint (without any: the run) to resume from.
 
     Args:
         recipe: as the command line gives it; its `run.resume` says which run.
@@ -40,8 +40,8 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
         RecipeError: there is no such run, it is finished, or it would not be the same run.
     """
     if not STAGES[stage].resumable:
-        raise RecipeError(f"--resume: {stage} writes nothing before its end, so there is nothing to go on with; start it anew")
-    run, chosen = _find(recipe, stage)
+        raise RecipeError(f"--resume: {stage} writes nothing before its end, so there is nothing to resume; start it again")
+    run, chosen = _find(str(recipe.run.resume), recipe.runs / stage)
     then = load_recipe(run / RESOLVED)
     now = load_recipe(run / RESOLVED, {key: value for key, value in overrides.items() if not key.startswith("run.")})
     notes = _compare(then, now, recipe, stage, run)
@@ -54,18 +54,20 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
                 f"--resume: {checkpoint} was written by {before} processes and this job has {processes}: batches, data order "
                 f"and random states would be others; launch with {before}"
             )
-        notes.append(f"going on from {checkpoint}")
+        notes.append(f"resuming from {checkpoint}")
     elif STAGES[stage].trains:  # of another one what it has written is its record
         notes.append(f"{run} has no checkpoint yet: starting from its beginning")
     settings = dataclasses.replace(now.run, resume=str(checkpoint or run), name=run.name, output=recipe.run.output)
     return dataclasses.replace(now, run=settings), notes
 
 
-def _find(recipe: Recipe, stage: str) -> tuple[Path, Path | None]:
-    """The run, and the checkpoint if one was named."""
-    assert recipe.run.resume is not None
-    runs = Path(recipe.run.output) / recipe.task / stage
-    given = runs / LATEST if recipe.run.resume == LATEST else Path(recipe.run.resume)
+def _find(asked: str, runs: Path) -> tuple[Path, Path | None]:
+    """The run that `run.resume` asks for, and the checkpoint if it names one.
+
+    Args:
+        runs: the folder of the stage's runs.
+    """
+    stage, given = runs.name, runs / LATEST if asked == LATEST else Path(asked)
     path = followed(given).resolve()
     if not path.is_dir():
         there = sorted(folder.name for folder in runs.glob("*") if (folder / RESOLVED).is_file() and not folder.is_symlink())
@@ -78,7 +80,7 @@ def _find(recipe: Recipe, stage: str) -> tuple[Path, Path | None]:
         raise RecipeError(f"--resume: {run} is finished: it has a {SUMMARY}")
     of = read_run(run).get("stage", stage)
     if of != stage:
-        raise RecipeError(f"--resume: {run} is a run of {of}, not of {stage}; scripts/{of}.py goes on with it")
+        raise RecipeError(f"--resume: {run} is a run of {of}, not of {stage}; scripts/{of}.py resumes it")
     return run, chosen
 
 
@@ -88,7 +90,7 @@ def read_run(run: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
-        raise RecipeError(f"{file}: not JSON; restore it, or remove it to go on without what it says") from None
+        raise RecipeError(f"{file}: not JSON; restore it, or remove it to resume without what it says") from None
 
 
 def is_trial(run: Path) -> bool:
@@ -99,22 +101,20 @@ def is_trial(run: Path) -> bool:
     return re.search(r"-trial-\d+(-seed-\d+)?$", run.name) is not None
 
 
-def newest_run(recipe: Recipe, stage: str) -> Path | None:
-    """The run of a policy stage that finished last, trials of sweeps aside; None without one."""
-    runs = Path(recipe.run.output) / recipe.task / stage
+def newest_run(runs: Path) -> Path | None:
+    """The run that finished last of those in a stage's folder, trials of sweeps aside; None without one."""
     finished = [file for file in runs.glob(f"*/{SUMMARY}") if file.parent.name != "latest" and not is_trial(file.parent)]
     newest = max(finished, key=lambda file: file.stat().st_mtime, default=None)
     return newest and newest.parent
 
 
-def trials_of(recipe: Recipe, stage: str) -> list[Path]:
-    """The finished trials of sweeps."""
-    runs = Path(recipe.run.output) / recipe.task / stage
+def trials_of(runs: Path) -> list[Path]:
+    """The finished trials of sweeps among the runs in a stage's folder."""
     return sorted(file.parent for file in runs.glob(f"*/{SUMMARY}") if file.parent.name != "latest" and is_trial(file.parent))
 
 
-def task_hash(recipe: Recipe) -> str:
-    return hashlib.sha256((recipe.folder / "task.py").read_bytes()).hexdigest()
+def task_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "task.py").read_bytes()).hexdigest()
 
 
 def _compare(then: Recipe, now: Recipe, given: Recipe, stage: str, run: Path) -> list[str]:
@@ -124,7 +124,7 @@ def _compare(then: Recipe, now: Recipe, given: Recipe, stage: str, run: Path) ->
     breaking = [key for key in changed if not _is_free(key, stage)]
     if breaking:
         listed = ", ".join(f"`{key}` {before.get(key)!r} -> {after[key]!r}" for key in breaking)
-        raise RecipeError(f"--resume: {run} would go on as another run: {listed}; leave them out, or start a new run with them")
+        raise RecipeError(f"--resume: {run} would be another run: {listed}; leave them out, or start a new run with them")
     notes = []
     if changed:
         notes.append("changed: " + ", ".join(f"`{key}` {before.get(key)!r} -> {after[key]!r}" for key in changed))
@@ -138,12 +138,12 @@ def _compare(then: Recipe, now: Recipe, given: Recipe, stage: str, run: Path) ->
     weights = differences(without_code(maximised[0]), without_code(maximised[1]), here="now")
     if weights:
         raise RecipeError(
-            f"--resume: {run} would go on as another run: {'; '.join(weights.values())}; put back what it was started with, or "
+            f"--resume: {run} would be another run: {'; '.join(weights.values())}; put back what it was started with, or "
             f"start a new run"
         )
     if other:  # a function that failed may have been mended
-        notes.append(f"warning: {'; '.join(other.values())}: the run goes on with the function as it is now")
-    elif about.get("task", task_hash(now)) != task_hash(now):
+        notes.append(f"warning: {'; '.join(other.values())}: the run continues with the function as it is now")
+    elif about.get("task") not in (None, task_hash(now.folder)):
         notes.append(f"warning: {now.folder / 'task.py'} has changed since the run was started")
     return notes
 

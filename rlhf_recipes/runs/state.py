@@ -1,4 +1,4 @@
-"""What a training is besides its weights, as tensors and JSON: random states, optimizer, schedule."""
+"""What a training run is besides its weights, as tensors and JSON: random states, optimizer, schedule."""
 
 import base64
 import random

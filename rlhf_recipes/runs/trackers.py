@@ -1,84 +1,117 @@
-"""wandb, without ever asking, blocking or failing: a run that cannot be online is offline, and says so once."""
+"""Where a run's numbers go besides its folder. Tracking never asks, and never is a reason for a training run to stop.
+
+A new tracker is a class here, or in a file of its own, a line in TRACKERS, and its name in `run.tracker` (recipe/sections.py).
+"""
 
 import os
 import socket
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from rlhf_recipes.recipe.sections import Recipe, RunSection
+from rlhf_recipes.recipe.sections import RunSection
 
 
-class Tracker:
-    """A wandb run of one stage, or nothing (`run.tracker: none`, WANDB_DISABLED, not the main process, wandb itself failing).
+class Tracker(Protocol):
+    """One run of one stage in a tracker. Whatever a method raises reaches `Trackers`, and not the run."""
 
-    Every call is safe: tracking is never a reason for a training to stop.
-
-    Args:
-        identity: wandb's id of the run, the same when it goes on.
-    """
-
-    def __init__(self, recipe: Recipe, stage: str, folder: Path, enabled: bool = True, identity: str | None = None) -> None:
-        self._run: Any = None
-        if not enabled or recipe.run.tracker == "none" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
-            return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        mode = _mode()
-        try:
-            import wandb
-
-            self._run = wandb.init(
-                project=_project(recipe),
-                name=folder.name,
-                group=recipe.run.group or recipe.task,
-                job_type=stage,
-                config=recipe.to_dict(),
-                dir=folder,
-                mode=mode,
-                id=identity,
-                resume="allow",  # a run that goes on is one run there too
-            )
-        except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
-            print(f"wandb: switched off ({error})", file=sys.stderr)
-
-    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._safely(lambda: self._run.log(metrics, step=step))
+    def log(self, metrics: dict[str, Any], step: int) -> None: ...
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Logs `rows`, dicts of equal keys, as a wandb table."""
+        """`rows` are of equal keys."""
 
-        def send() -> None:
-            import wandb
+    def alert(self, title: str, text: str) -> None: ...
 
-            columns = list(rows[0])
-            self._run.log({name: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
+    def finish(self, summary: dict[str, Any]) -> None: ...
 
-        self._safely(send)
+
+@dataclass(frozen=True)
+class Tracked:
+    """What a tracker is told of a run.
+
+    folder: the run's; its name is the run's.
+    config: the resolved recipe.
+    identity: the same whenever the run is resumed.
+    """
+
+    project: str
+    group: str
+    stage: str
+    folder: Path
+    config: dict[str, Any]
+    identity: str | None = None
+
+
+@dataclass
+class Trackers:
+    """The trackers of a run, by name. One that fails says so once, and is left out from then on."""
+
+    running: dict[str, Tracker] = field(default_factory=dict)
+
+    def start(self, name: str, run: Tracked) -> None:
+        """Starts the tracker `run.tracker` names, unless the environment switches it off."""
+        try:
+            tracker = TRACKERS[name](run)
+        except Exception as error:  # noqa: BLE001 - a tracker may raise anything
+            print(f"{name}: switched off ({error})", file=sys.stderr)
+        else:
+            self.running |= {} if tracker is None else {name: tracker}
+
+    def each(self, send: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.running.items()):
+            try:
+                send(tracker)
+            except Exception as error:  # noqa: BLE001 - see `start`
+                print(f"{name}: {error}; going on without it", file=sys.stderr)
+                del self.running[name]
+
+
+class WandbTracker:
+    """A run that cannot be online is offline, and says so once."""
+
+    def __init__(self, run: Tracked) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        mode = _mode()
+        import wandb
+
+        self._run = wandb.init(
+            project=_project(run.project),
+            name=run.folder.name,
+            group=run.group,
+            job_type=run.stage,
+            config=run.config,
+            dir=run.folder,
+            mode=mode,
+            id=run.identity,
+            resume="allow",  # a run that is resumed is one run there too
+        )
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self._run.log(metrics, step=step)
+
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        import wandb
+
+        columns = list(rows[0])
+        self._run.log({name: wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
 
     def alert(self, title: str, text: str) -> None:
-        self._safely(lambda: self._run.alert(title=title, text=text))
+        self._run.alert(title=title, text=text)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        def send() -> None:
-            self._run.summary.update(summary)
-            self._run.finish()
-
-        self._safely(send)
-
-    def _safely(self, send: Any) -> None:
-        if self._run is None:
-            return
-        try:
-            send()
-        except Exception as error:  # noqa: BLE001 - see __init__
-            print(f"wandb: {error}; going on without it", file=sys.stderr)
-            self._run = None
+        self._run.summary.update(summary)
+        self._run.finish()
 
 
-def _project(recipe: Recipe) -> str:
+def start_wandb(run: Tracked) -> WandbTracker | None:
+    return None if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes") else WandbTracker(run)
+
+
+def _project(own: str) -> str:
     """The recipe's, else that of WANDB_PROJECT, else the default."""
-    own = recipe.run.project
     return os.environ.get("WANDB_PROJECT") or own if own == RunSection.project else own
 
 
@@ -109,3 +142,6 @@ def _logged_in(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+TRACKERS: dict[str, Callable[[Tracked], Tracker | None]] = {"wandb": start_wandb, "none": lambda run: None}

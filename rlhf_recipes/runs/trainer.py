@@ -1,5 +1,5 @@
-"""Trainers that lose nothing: checkpoints from which a run goes on bit for bit, a guard against steps that are not finite, and
-an end in good order when a signal asks for it."""
+"""Trainers that lose nothing: checkpoints from which a run resumes bit for bit, a guard against steps that are not finite, and
+an orderly end when a signal asks for one."""
 
 import contextlib
 import json
@@ -7,13 +7,9 @@ import math
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import trl
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,12 +45,12 @@ class Resumable(Trainer):
     batch: dict[str, Any] | None = None  # of the step at hand
     epoch_random: dict[str, Any] | None = None  # before the epoch's order was drawn
     interrupted = False
-    _before = 0  # optimizer steps of the run's earlier trainings
+    _before = 0  # optimizer steps of the run's earlier rounds
     _saved_step: int | None = None
     _restored: dict[str, Any] | None = None
 
     def attach(self, run: Run) -> None:
-        """Makes this training part of a run that has begun, with whose checkpoint it goes on if the run has one."""
+        """Makes this trainer part of a run that has begun, and resumes from the run's checkpoint if it has one."""
         self.args.output_dir = str(run.folder)
         self.run, self._before = run, run.last_step
         self.add_callback(Keeper(self))
@@ -153,7 +149,7 @@ class Resumable(Trainer):
     def restore_own_state(self, own: dict[str, Any]) -> None:
         self._tr_loss.fill_(own["loss"])
         self._total_loss_scalar, self._globalstep_last_logged = own["total_loss"], own["logged"]
-        self._initial_global_step = 0  # the mean loss is the whole training's
+        self._initial_global_step = 0  # the mean loss is of the whole training run
         for mode, values in own["metrics"].items():
             self._metrics[mode].update(values)
         self._total_train_tokens = own["tokens"]
@@ -166,7 +162,7 @@ class Resumable(Trainer):
         """
         step = self.state.global_step + self._before
         if self.run is None or self._saved_step == step or self.is_deepspeed_enabled or self.skipped_in_a_row:
-            return  # DeepSpeed's own state is pickled; and weights that give no finite loss are no place to go on from
+            return  # DeepSpeed's own state is pickled; and weights that give no finite loss are no place to resume from
         self._saved_step = step
         weights = whole_weights(self)
         tensors, groups = optimizer_state(_inner(self.optimizer, "optimizer"))
@@ -235,49 +231,9 @@ class Resumable(Trainer):
 
     @property
     def mine(self) -> dict[str, Any]:
-        """What the checkpoint that was gone on from says of this process."""
+        """What the checkpoint that was resumed from says of this process."""
         assert self._restored is not None
         return self._restored["ranks"][self.accelerator.process_index]
-
-
-class SFTTrainer(Resumable, trl.SFTTrainer):
-    """TRL's, resumable. TRL writes `router_aux_loss_coef` into the config, which a mixture of experts has read by then."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for module in self.model.modules():
-            if "router_aux_loss_coef" in vars(module):
-                module.router_aux_loss_coef = self.args.router_aux_loss_coef
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Every held-out row counts, whatever `dataloader_drop_last` says of training."""
-        with mock.patch.object(self.args, "dataloader_drop_last", False):
-            return super().get_eval_dataloader(*args, **kwargs)
-
-
-class RewardTrainer(Resumable, trl.RewardTrainer):
-    """TRL's, resumable. It switches off the backbone's dropout, and not an adapter's, `lora.dropout`."""
-
-    _signature_columns: list[str]
-
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        adapters = {m: m.p for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)}
-        super().__init__(model=model, **kwargs)
-        for dropout, p in adapters.items():
-            dropout.p = p
-
-    def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: Any, name: str) -> Dataset:
-        kept = super()._prepare_dataset(dataset, tokenizer, args, name)
-        where = f"`reward_training.max_length` {args.max_length}"
-        if len(kept) == 0:
-            raise RecipeError(f"{where}: all {len(dataset)} pairs are longer; raise it")
-        if len(kept) < len(dataset) and PartialState().is_main_process:
-            print(f"{len(dataset) - len(kept)} of {len(dataset)} pairs are longer than {where}, left out")
-        return kept
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "length"})  # `train_sampling_strategy` group_by_length
 
 
 def _inner(wrapped: Any, attribute: str) -> Any:
@@ -286,7 +242,7 @@ def _inner(wrapped: Any, attribute: str) -> Any:
 
 
 class Keeper(TrainerCallback):
-    """The moments at which a `Resumable` restores, guards, and ends in good order."""
+    """The moments at which a `Resumable` restores, guards, and ends in an orderly way."""
 
     def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
@@ -332,8 +288,8 @@ class Keeper(TrainerCallback):
             file = run.write_batch(f"failed_batch-{step}-{trainer.accelerator.process_index}", trainer.batch or {})
             raise StoppedError(
                 f"step {step}: {trainer.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite; the last "
-                f"batch is in {file}, {run.last_checkpoint()}. Lower the learning rate or look at the batch, then start anew, "
-                f"or go on with --resume"
+                f"batch is in {file}, {run.last_checkpoint()}. Lower the learning rate or look at the batch, then start a "
+                f"new run, or resume this one with --resume"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
