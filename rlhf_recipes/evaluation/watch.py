@@ -24,7 +24,7 @@ class Watch(TrainerCallback):
         self.ends_matter = reads_end or bool(reward.missing_eos_penalty)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._act(args, control)  # a run that goes on may have been about to stop
+        return self._act(args, control)  # a resumed run may have been about to stop
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._look(state)
@@ -48,11 +48,11 @@ class Watch(TrainerCallback):
 
 
 _SHOWN = {
-    "sft": {"loss": "loss", "eval_loss": "held-out loss"},
-    "reward": {"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
-    "ppo": {"objective/scores": "reward", "objective/kl": "KL"},
-    "a2c": {"objective/scores": "reward", "objective/kl": "KL"},
-    "dpo": {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
+    "sft": ("loss", "eval_loss"),
+    "reward": ("loss", "accuracy", "eval_accuracy"),
+    "ppo": ("objective/scores", "objective/kl"),
+    "a2c": ("objective/scores", "objective/kl"),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
 }
 
 

@@ -1,10 +1,12 @@
-"""What watches a training: the run's metrics files and wandb, and a progress bar with the numbers that matter."""
+"""What watches a training run: its metrics files and wandb, and a progress bar with the numbers that matter."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from rlhf_recipes.metrics import TRAINING
 from rlhf_recipes.process import progress_bar
 from rlhf_recipes.runs.folder import Run
 
@@ -14,20 +16,16 @@ class RunLogger(TrainerCallback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.before = run.last_step  # a stage of several trainings counts on
+        self.before = run.last_step  # the training runs of one stage are counted through
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.run.log({k: v for k, v in logs.items() if k != "step"}, step=self.before + state.global_step)
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the optimizer steps (or PPO updates) with the latest of `shown` metrics.
+    """One bar over the optimizer steps (or PPO updates) with the latest of the metrics `shown`."""
 
-    Args:
-        shown: metric name -> label.
-    """
-
-    def __init__(self, title: str, shown: dict[str, str]) -> None:
+    def __init__(self, title: str, shown: Iterable[str]) -> None:
         self.title, self.shown = title, shown
         self.bar: tqdm | None = None
         self.latest: dict[str, str] = {}
@@ -37,7 +35,7 @@ class ProgressBar(TrainerCallback):
             self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.title)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.latest |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}
+        self.latest |= {TRAINING[name].title: f"{logs[name]:.3g}" for name in self.shown if name in logs}
         if self.bar is not None:
             self.bar.set_postfix(self.latest, refresh=False)
 
