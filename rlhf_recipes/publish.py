@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlhf_recipes.data.tokenizer import end_token_ids
 from rlhf_recipes.evaluation.tables import fenced, fraction_bound, markdown_table, markdown_text, optimum_text
-from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.metrics import SMALL_EFFECTIVE_SIZE, label_of
 from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import load_backbone
 from rlhf_recipes.recipe.errors import RecipeError
@@ -130,9 +130,6 @@ def merge(run: Run, tokenizer: PreTrainedTokenizerBase, adapter: Path, queries: 
 # --- the card ----------------------------------------------------------------------------------------------------
 
 
-_SHOWN = {"reward": "reward", "gold": "gold", "kl": "KL, nats", "objective": "J", "fraction_of_optimum": "of the optimum"}
-
-
 def own_evaluation(runs: Path, adapter: Path, policy: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest evaluation that judged `adapter` by what it was trained for, and a line for each newer one that did not.
 
@@ -166,9 +163,7 @@ def evaluation_table(evaluation: dict[str, Any] | None, summary: dict[str, Any])
     policy's own run; [] without either."""
     if evaluation is not None:
         sides = {"reference": evaluation["policies"]["reference"], "this policy": evaluation["policies"][evaluation["name"]]}
-        terms = {key: key.replace("_", " ", 1) for key in sides["this policy"] if key.startswith("reward_")}
-        shown = {"reward": "reward"} | terms | _SHOWN
-        columns = [key for key in shown if key in sides["this policy"]]
+        columns = _columns(sides["this policy"])
         optimum = evaluation["optimum"]
         bound = optimum.get("bound", optimum["effective_sample_size"] < SMALL_EFFECTIVE_SIZE)
 
@@ -180,17 +175,20 @@ def evaluation_table(evaluation: dict[str, Any] | None, summary: dict[str, Any])
             return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**metrics[key])
 
         rows = [[side, *(cell(metrics, key) for key in columns)] for side, metrics in sides.items()]
-        head = [f"{evaluation['prompts']} held-out prompts, 95% intervals", *(shown[key] for key in columns)]
+        head = [f"{evaluation['prompts']} held-out prompts, 95% intervals", *map(label_of, columns)]
         sentence = optimum_text(optimum["objective"], optimum["effective_sample_size"], optimum["proposal"], bound)
         return [*markdown_table(head, rows), "", markdown_text(sentence)]
     if "policy" in summary:
-        terms = {key: key.replace("_", " ", 1) for key in summary["policy"] if key.startswith("reward_")}
-        shown = {"reward": "reward"} | terms | _SHOWN
-        columns = [key for key in shown if key in summary["policy"]]
+        columns = _columns(summary["policy"])
         sides = {"reference": summary["reference"], "this policy": summary["policy"]}
         rows = [[side, *(f"{m[key]:.3f}" if key in m else "" for key in columns)] for side, m in sides.items()]
-        return markdown_table([f"{summary['prompts']} held-out prompts", *(shown[key] for key in columns)], rows)
+        return markdown_table([f"{summary['prompts']} held-out prompts", *map(label_of, columns)], rows)
     return []
+
+
+def _columns(measured: dict[str, Any]) -> list[str]:
+    terms = [name for name in measured if name.startswith("reward_")]  # of a sum
+    return [name for name in ("reward", *terms, "gold", "kl", "objective", "fraction_of_optimum") if name in measured]
 
 
 def objective_text(policy: dict[str, Any] | None) -> str:

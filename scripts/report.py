@@ -18,9 +18,10 @@ def main(recipe: Recipe) -> dict:
     # torch and TRL take seconds to import: a mistake in the recipe is answered before that
     from rlhf_recipes.report.data import evaluation_folder, load_report_data
     from rlhf_recipes.report.page import write_report
+    from rlhf_recipes.runs.fingerprint import fingerprint
     from rlhf_recipes.runs.folder import Run
 
-    data = load_report_data(evaluation_folder(recipe), recipe)
+    data = load_report_data(evaluation_folder(recipe), fingerprint(recipe, "evaluate"))
 
     run = Run.prepare(recipe, "report")
     run.start()

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rlhf_recipes"
 FLOORS = [  # from the ground up: rooms that may stand beside each other, and do not import each other
-    {"objective", "optimum", "recipe"},
+    {"objective", "optimum", "metrics", "recipe"},
     {"environment", "interrupts", "data", "tasks"},
     {"models"},
     {"process"},

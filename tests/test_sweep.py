@@ -28,8 +28,9 @@ from rlhf_recipes import interrupts
 from rlhf_recipes.command_line import parse_command_line
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.sweeps.file import Pruning, load_sweep
+from rlhf_recipes.sweeps.file import load_sweep
 from rlhf_recipes.sweeps.job import last_words, terminate, watched_values
+from rlhf_recipes.sweeps.pruning import Pruning
 from rlhf_recipes.sweeps.results import _save_frontier, interval
 from rlhf_recipes.sweeps.worker import Worker, run_sweep, sampler_of
 from scripts.sweep import main
@@ -497,8 +498,8 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from rlhf_recipes.sweep import run_sweep
-from rlhf_recipes.sweep_file import load_sweep
+from rlhf_recipes.sweeps.file import load_sweep
+from rlhf_recipes.sweeps.worker import run_sweep
 from tests.test_sweep import Script
 
 def before(script, job, folder, recipe, stop):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlhf_recipes.metrics import BEST_BY
 from rlhf_recipes.recipe.errors import RecipeError, nearest
 from rlhf_recipes.recipe.online_settings import PPOSettings, online_settings
 from rlhf_recipes.recipe.sections import Recipe
@@ -16,7 +17,6 @@ SMOOTHED = frozenset(
     ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 )  # read `label_smoothing`; sigmoid: algorithms/dpo.py
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-BEST_BY = ("objective", "reward", "gold")  # of evaluation.Completions.means
 SFT_LOSSES = ("nll", "dft", "chunked_nll")
 # What TRL and torch find out when the run has begun, or never.
 _COUNTS = {

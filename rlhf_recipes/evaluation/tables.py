@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf_recipes.metrics import label_of
 from rlhf_recipes.runs.fingerprint import describe_reward
 
 SIDES = ("reference", "policy")
@@ -26,7 +27,7 @@ def print_samples(rows: list[dict[str, Any]], sides: Sequence[str] = SIDES) -> N
 def print_summary(summary: dict[str, Any]) -> None:
     """Reference and policy on held-out prompts, one line each."""
     names = list(summary["policy"])
-    table = Table("held-out", *names, title=f"{summary['prompts']} held-out prompts, {summary['seconds']:.0f} s")
+    table = Table("held-out", *map(label_of, names), title=f"{summary['prompts']} held-out prompts, {summary['seconds']:.0f} s")
     for side in SIDES:
         table.add_row(side, *(f"{summary[side].get(name, 0.0):.3f}" for name in names))
     _wide_console().print(table)
@@ -41,7 +42,7 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
         f"{evaluation['prompts']} held-out prompts, {evaluation['completions']} completions each, beta {evaluation['beta']}, "
         f"judged by {_plain(judged_by)}"
     )
-    table = Table("policy", *metrics, title=title, show_lines=True)
+    table = Table("policy", *map(label_of, metrics), title=title, show_lines=True)
     for name, measured in policies.items():
         cells = []
         for key in metrics:

@@ -25,7 +25,7 @@ class Watch(TrainerCallback):
         self.ends_matter = reads_end or bool(reward.missing_eos_penalty)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self._act(args, control)  # a run that resumes may have been about to stop
+        return self._act(args, control)  # a resumed run may have been about to stop
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._look(state)

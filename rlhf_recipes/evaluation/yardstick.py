@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.evaluation.judging import Completions, distinct_n
+from rlhf_recipes.metrics import SMALL_EFFECTIVE_SIZE
 from rlhf_recipes.optimum import (
     best_of_n_kl,
     best_of_n_weights,
@@ -30,7 +31,6 @@ from rlhf_recipes.runs.resume import newest_run, trials_of
 
 Metrics = dict[str, dict[str, float]]
 FRONTIER_BETAS = (0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0)
-SMALL_EFFECTIVE_SIZE = 10  # samples a prompt; below it an importance-sampling estimate leans on a handful of them
 
 
 @dataclass(frozen=True)

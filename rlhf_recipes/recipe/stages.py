@@ -18,7 +18,7 @@ class Style:
 
     label: str
     colour: str
-    marker: str  # plotly's name
+    marker: str  # matplotlib's
     label_side: str  # where the label of a beta or an n stands
 
 
@@ -48,8 +48,8 @@ class Stage:
     held_out_loss: bool = False  # measured while it trains, with `eval_strategy`
     logits: Literal["chunk", "batch", "none"] = "chunk"  # over the vocabulary: of how much at once
     # what it shows
-    shown: Mapping[str, str] = field(default_factory=dict)  # in the progress bar: metric -> label
-    curves: Mapping[str, str] = field(default_factory=dict)  # in a report: metric -> title
+    shown: tuple[str, ...] = ()  # metrics in the progress bar
+    curves: tuple[str, ...] = ()  # metrics in a report
     style: Style | None = None
 
     @property
@@ -89,13 +89,8 @@ _TRAINING_ARGUMENTS = (
 _A2C_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "A2CSettings")
 _PPO_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "PPOSettings")
 _PROMPTS = (("load_prompts", "eval"), ("load_prompts", "train"))
-_ONLINE_SHOWN = {"objective/scores": "reward", "objective/kl": "KL"}
-_ONLINE_CURVES = {
-    "objective/scores": "reward of the rollout",
-    "objective/kl": "KL to the reference, nats a sequence",
-    "objective/rlhf_reward": "J: reward - beta x KL",
-    "policy/entropy_avg": "entropy, nats a token",
-}
+_ONLINE_SHOWN = ("objective/scores", "objective/kl")
+_ONLINE_CURVES = ("objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy_avg")
 
 # Colours of Okabe and Ito, told apart under every common colour blindness; the marker says the same again.
 _ROWS = (
@@ -113,7 +108,7 @@ _ROWS = (
         resumable=True,
         shardable=True,
         held_out_loss=True,
-        shown={"loss": "loss", "eval_loss": "held-out loss"},
+        shown=("loss", "eval_loss"),
     ),
     Stage(
         name="reward",
@@ -125,7 +120,7 @@ _ROWS = (
         resumable=True,
         shardable=True,
         logits="none",
-        shown={"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
+        shown=("loss", "accuracy", "eval_accuracy"),
     ),
     Stage(
         name="preferences",
@@ -146,7 +141,7 @@ _ROWS = (
         resumable=True,
         shown=_ONLINE_SHOWN,
         curves=_ONLINE_CURVES,
-        style=Style("PPO", "#0072B2", "circle", "top left"),
+        style=Style("PPO", "#0072B2", "o", "top left"),
     ),
     Stage(
         name="a2c",
@@ -161,7 +156,7 @@ _ROWS = (
         resumable=True,
         shown=_ONLINE_SHOWN,
         curves=_ONLINE_CURVES,
-        style=Style("A2C", "#E69F00", "square", "bottom right"),
+        style=Style("A2C", "#E69F00", "s", "bottom right"),
     ),
     Stage(
         name="dpo",
@@ -183,13 +178,9 @@ _ROWS = (
         resumable=True,
         shardable=True,
         logits="batch",
-        shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
-        curves={
-            "loss": "DPO loss",
-            "rewards/margins": "implicit reward margin, chosen - rejected",
-            "rewards/accuracies": "share of pairs ranked right",
-        },
-        style=Style("DPO", "#009E73", "diamond", "bottom left"),
+        shown=("loss", "rewards/accuracies", "rewards/margins"),
+        curves=("loss", "rewards/margins", "rewards/accuracies"),
+        style=Style("DPO", "#009E73", "D", "bottom left"),
     ),
     Stage(name="evaluate", section="evaluate", data=(("load_prompts", "eval"),), samples="evaluate", judges=True),
     Stage(name="merge", section="merge", data=(("load_prompts", "eval"),), merges=True, writes_model=True),

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.metrics import SMALL_EFFECTIVE_SIZE
 from rlhf_recipes.recipe.errors import RecipeError
 from rlhf_recipes.recipe.sections import LATEST, SECTIONS, Recipe, followed
 from rlhf_recipes.recipe.stages import JUDGED
-from rlhf_recipes.runs.fingerprint import describe_reward, differences, fingerprint, parts_of, recorded_fingerprint
+from rlhf_recipes.runs.fingerprint import describe_reward, differences, parts_of, recorded_fingerprint
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Policy:
     """One row of the evaluation, with what its run folder says about its training (nothing, for a foreign model)."""
 
     name: str
-    kind: str  # a key of report_plots.STYLES
+    kind: str  # a key of plots.STYLES
     metrics: dict[str, Interval]
     run: str = ""  # STAGE/RUN
     beta: float | None = None
@@ -113,18 +116,6 @@ class ReportData:
     notes: list[str]  # what to know beside the numbers
 
 
-METRICS = {  # in the table's order
-    "reward": "reward",
-    "kl": "KL, nats",
-    "objective": "J",
-    "fraction_of_optimum": "fraction of optimum",
-    "win_rate": "win rate",
-    "gold": "gold",
-    "gold_win_rate": "gold win rate",
-    "length": "length, tokens",
-    "distinct_2": "distinct-2",
-    "kl_k3": "KL by k3, nats",
-}
 
 
 def evaluation_folder(recipe: Recipe) -> Path:
@@ -148,11 +139,11 @@ def evaluation_folder(recipe: Recipe) -> Path:
     return folder.resolve()
 
 
-def load_report_data(folder: Path, recipe: Recipe | None = None) -> ReportData:
+def load_report_data(folder: Path, ours: dict[str, Any] | None = None) -> ReportData:
     """Reads one evaluate run's folder, and the run folders of the policies it judged.
 
     Args:
-        recipe: whose report it is: an evaluation by another reward, beta or backbone than its own is noted.
+        ours: the fingerprint of the recipe whose report it is: an evaluation by another reward, beta or backbone is noted.
 
     Raises:
         RecipeError: a file is missing or is not what scripts/evaluate.py writes.
@@ -179,8 +170,8 @@ def load_report_data(folder: Path, recipe: Recipe | None = None) -> ReportData:
     ]
     judged_by = evaluation.judged_by or recorded_fingerprint(folder)
     reward, notes = parts_of(judged_by).get("reward"), list(evaluation.notes)
-    if recipe is not None:
-        other = differences(judged_by, fingerprint(recipe, "evaluate"), here="the recipe now has").values()
+    if ours is not None:
+        other = differences(judged_by, ours, here="the recipe now has").values()
         notes += [f"This evaluation was made for {'; '.join(other)}."] if other else []
     return ReportData(task, folder, evaluation, policies, sides, samples, describe_reward(reward) if reward else "", notes)
 

@@ -5,27 +5,21 @@ data.py reads and checks everything, plots.py says what is drawn.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.evaluation.tables import fraction_bound, markdown_table, markdown_text, optimum_text
-from rlhf_recipes.report.data import METRICS, Interval, ReportData
-from rlhf_recipes.report.plots import (
-    STYLES,
-    TRAINED,
-    curve_plots,
-    frontier_plot,
-    gold_plot,
-    plotly_figure,
-    save_png,
-    watch_plots,
-)
+from rlhf_recipes.metrics import HELD_OUT, label_of
+from rlhf_recipes.report.data import Interval, ReportData
+from rlhf_recipes.report.drawing import save_png, svg
+from rlhf_recipes.report.plots import STYLES, TRAINED, figures
 
 
 def table_metrics(data: ReportData) -> list[str]:
     """The metrics that any policy has, the main ones first."""
     present = list(dict.fromkeys(metric for policy in data.policies for metric in policy.metrics))
-    known, others = [m for m in METRICS if m in present], [m for m in present if m not in METRICS]
+    known, others = [m for m in HELD_OUT if m in present], [m for m in present if m not in HELD_OUT]
     terms = [metric for metric in others if metric.startswith("reward_")]  # of a sum
     at = known.index("reward") + 1
     return known[:at] + terms + known[at:] + [metric for metric in others if metric not in terms]
@@ -45,8 +39,7 @@ def headline(data: ReportData) -> str:
     objective, fraction = best.metrics["objective"], best.metrics.get("fraction_of_optimum")
     most = "at most " if data.evaluation.optimum.small else ""
     far = f", {most}{fraction.mean:.0%} of the way from the reference to the optimum" if fraction else ""
-    interval = f"{objective.mean:.3f} ({objective.low:.3f} to {objective.high:.3f})"
-    sentence = f"Highest J of the trained policies: {best.name}, {interval}{far}."
+    sentence = f"Highest J of the trained policies: {best.name}, {objective}{far}."
     untrained = max(
         (p for p in data.policies if p.kind not in TRAINED), key=lambda p: p.metrics["objective"].mean, default=best
     )
@@ -56,9 +49,8 @@ def headline(data: ReportData) -> str:
 
 
 def render_html(data: ReportData) -> str:
-    """report.html: one file, with plotly's JavaScript and all data in it."""
+    """report.html: one file with its plots and all samples in it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=PackageLoader("rlhf_recipes.report", "."),
@@ -67,15 +59,9 @@ def render_html(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    frontier, gold, curves, watched = frontier_plot(data), gold_plot(data), curve_plots(data), watch_plots(data)
+    drawn = figures(data)
+    drawn |= {"frontier-linear": [replace(plot, root=False) for plot in drawn["frontier"]]}
     content = {
-        "plots": {
-            "frontier": plotly_figure(frontier, square_root_x=True),
-            "frontier-linear": plotly_figure(frontier),
-            **({"gold": plotly_figure(gold)} if gold else {}),
-            **{f"watch-{at}": plotly_figure(plot, square_root_x=True) for at, plot in enumerate(watched.values())},
-            **{f"curve-{at}": plotly_figure(plot) for at, plot in enumerate(curves.values())},
-        },
         "sides": data.sides,
         "samples": [
             {
@@ -90,16 +76,13 @@ def render_html(data: ReportData) -> str:
         data=data,
         evaluation=data.evaluation,
         colours={policy.name: STYLES[policy.kind].colour for policy in data.policies},
-        columns={name: METRICS.get(name, name) for name in table_metrics(data)},
-        frontier=frontier,
-        gold=gold,
-        curves=curves,
-        watched=watched,
+        columns={name: label_of(name) for name in table_metrics(data)},
+        notes=drawn["frontier"][0].notes,
+        figures={name: (svg(plots, name), svg(plots, f"{name}-narrow", narrow=True)) for name, plots in drawn.items()},
         headline=headline(data),
         optimum=optimum_sentence(data),
         fraction_bound=fraction_bound,
         content=_script_json(content),
-        plotly_js=get_plotlyjs(),
     )
 
 
@@ -140,19 +123,20 @@ def render_markdown(data: ReportData, samples: int = 10) -> str:
         *([markdown_text(headline(data)), ""] if headline(data) else []),
         markdown_text(optimum_sentence(data)),
         "",
-        *markdown_table(["policy", "β", *(METRICS.get(metric, metric) for metric in metrics), "run"], rows),
+        *markdown_table(["policy", "β", *map(label_of, metrics), "run"], rows),
         *(line for note in data.notes for line in ("", markdown_text(note))),
     ]
-    frontier = frontier_plot(data)
-    lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(markdown_text, frontier.notes)]
-    if gold_plot(data):
+    drawn = figures(data)
+    notes = drawn["frontier"][0].notes
+    lines += ["", "## Reward against KL", "", "![reward against KL](frontier.png)", "", *map(markdown_text, notes)]
+    if "gold" in drawn:
         lines += ["", "## Gold against reward", "", "![gold against reward](gold.png)"]
-    if watch_plots(data):
+    if "watch" in drawn:
         lines += ["", "## Over-optimisation", "", "![held-out reward and gold against KL while training](watch.png)"]
     found = [[policy.name, f["name"], f["evidence"], f["advice"]] for policy in data.policies for f in policy.findings]
     if found:
         lines += ["", "## Findings", "", *markdown_table(["policy", "finding", "evidence", "advice"], found)]
-    if curve_plots(data):
+    if "curves" in drawn:
         lines += ["", "## Training", "", "![training curves](curves.png)"]
     texts = [[str(row["prompt"]), *(_with_scores(row, side) for side in data.sides)] for row in data.samples[:samples]]
     lines += ["", "## Samples", "", *markdown_table(["prompt", *data.sides], texts), ""]
@@ -164,7 +148,7 @@ def _cell(data: ReportData, interval: Interval | None, metric: str) -> str:
         return ""
     if data.evaluation.optimum.small and metric == "fraction_of_optimum":
         return fraction_bound(interval.mean)
-    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+    return str(interval)
 
 
 def _with_scores(row: dict[str, Any], side: str) -> str:
@@ -174,13 +158,7 @@ def _with_scores(row: dict[str, Any], side: str) -> str:
 
 def write_report(data: ReportData, folder: Path) -> None:
     """report.html, report.md and its PNGs into `folder`."""
-    gold, curves, watched = gold_plot(data), curve_plots(data), watch_plots(data)
     (folder / "report.html").write_text(render_html(data), encoding="utf-8")
     (folder / "report.md").write_text(render_markdown(data), encoding="utf-8")
-    save_png([frontier_plot(data)], folder / "frontier.png", square_root_x=True)
-    if gold:
-        save_png([gold], folder / "gold.png")
-    if watched:
-        save_png(list(watched.values()), folder / "watch.png", square_root_x=True)
-    if curves:
-        save_png(list(curves.values()), folder / "curves.png")
+    for name, plots in figures(data).items():
+        save_png(plots, folder / f"{name}.png")

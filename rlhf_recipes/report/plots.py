@@ -1,59 +1,35 @@
-"""What a report draws, once for two renderers: plotly in report.html and matplotlib in the PNGs of report.md.
+"""What a report draws: the reward-KL frontier, gold against reward, training curves, over-optimisation."""
 
-All names and texts are escaped where they are rendered, not before.
-"""
-
-import html
-import itertools
-import json
-import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
-from rlhf_recipes.evaluation.yardstick import SMALL_EFFECTIVE_SIZE
+from rlhf_recipes.metrics import HELD_OUT, SMALL_EFFECTIVE_SIZE, TRAINING
 from rlhf_recipes.recipe.stages import JUDGED, Style
-from rlhf_recipes.report.data import METRICS, Interval, OptimalPoint, Policy, ReportData
+from rlhf_recipes.report.data import Interval, OptimalPoint, Policy, ReportData
+from rlhf_recipes.report.drawing import Plot, Series
 
 # Okabe and Ito's colours, as the stages have.
 STYLES = {name: stage.style for name, stage in JUDGED.items() if stage.style is not None} | {
-    "other": Style("other", "#CC79A7", "triangle-up", "top right"),
-    "reference": Style("reference", "#222222", "x", "top right"),
-    "best-of-n": Style("best-of-n", "#767676", "circle", "bottom right"),
+    "other": Style("other", "#CC79A7", "^", "top right"),
+    "reference": Style("reference", "#222222", "X", "top right"),
+    "best-of-n": Style("best-of-n", "#767676", "o", "bottom right"),
 }
 TRAINED = (*JUDGED, "other")
 OPTIMAL_COLOUR = "#222222"
+LINE_STYLES = ("-", "--", ":", "-.")  # of several runs of a stage, in turn
+KL_AXIS = f"KL to the reference, {TRAINING['objective/kl'].unit}"
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line or cloud of points, in a plot's own units; bars are (low, high) of each point."""
-
-    name: str
-    colour: str
-    x: list[float]
-    y: list[float]
-    x_bars: list[tuple[float, float]] = field(default_factory=list)
-    y_bars: list[tuple[float, float]] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    label_sides: tuple[str, ...] = ("top right",)  # taken in turn
-    hover: list[list[str]] = field(default_factory=list)  # lines of text
-    marker: str = ""  # none
-    hollow: bool = False
-    dash: str = ""  # no line; or solid, dash, dot, ...
-    legend: bool = True
-
-
-@dataclass(frozen=True)
-class Plot:
-    x_title: str
-    y_title: str
-    series: list[Series]
-    notes: list[str] = field(default_factory=list)
-    title: str = ""
+def figures(data: ReportData) -> dict[str, list[Plot]]:
+    """Figure -> the plots in it, without figures that would be empty."""
+    gold = gold_plot(data)
+    found = {
+        "frontier": [frontier_plot(data)],
+        "gold": [gold] if gold else [],
+        "watch": list(watch_plots(data).values()),
+        "curves": list(curve_plots(data).values()),
+    }
+    return {name: plots for name, plots in found.items() if plots}
 
 
 def frontier_plot(data: ReportData) -> Plot:
@@ -74,7 +50,7 @@ def frontier_plot(data: ReportData) -> Plot:
         label_sides=(style.label_side,),
         hover=[[f"best-of-{p.n}", f"reward {p.reward:.3f}", f"KL {p.kl:.3f} nats"] for p in best_of_n],
         marker=style.marker,
-        dash="dot",
+        dash=":",
     )
     stages, notes = _stage_series(data, "kl", "reward")
     series = [*_optimal_series(optimal), curve, *_reference_series(data, "kl", "reward"), *stages]
@@ -84,7 +60,7 @@ def frontier_plot(data: ReportData) -> Plot:
             f"Hollow points on dashed lines: the optimum there rests on fewer than {SMALL_EFFECTIVE_SIZE} effective samples a "
             "prompt, so it is rough and probably too low.",
         )
-    return Plot("KL to the reference, nats a sequence", "reward", series, notes)
+    return Plot(KL_AXIS, "reward", series, notes, root=True)
 
 
 def _optimal_series(points: Sequence[OptimalPoint]) -> list[Series]:
@@ -101,18 +77,18 @@ def _optimal_series(points: Sequence[OptimalPoint]) -> list[Series]:
             for p in chosen
         ]  # fmt: skip
         x, y = [p.kl for p in chosen], [p.reward for p in chosen]
-        hollow = dash != "solid"
-        return Series(name, OPTIMAL_COLOUR, x, y, hover=hover, marker="circle", hollow=hollow, dash=dash, legend=legend)
+        hollow = dash != "-"
+        return Series(name, OPTIMAL_COLOUR, x, y, hover=hover, marker="o", hollow=hollow, dash=dash, legend=legend)
 
-    drawn = [series("optimum", sound, "solid")] if sound else []
+    drawn = [series("optimum", sound, "-")] if sound else []
     for at, proposal in enumerate(dict.fromkeys(p.proposal for p in weak)):
         name, chosen = "optimum, few effective samples", [p for p in weak if p.proposal == proposal]
         following = [p for p in sound if p.proposal == proposal and p.beta > chosen[-1].beta]
         if following:  # where dashed meets solid
             joint = [chosen[-1], following[0]]
             x, y = [p.kl for p in joint], [p.reward for p in joint]
-            drawn.insert(0, Series(name, OPTIMAL_COLOUR, x, y, dash="dash", legend=False))
-        drawn.append(series(name, chosen, "dash", legend=at == 0))
+            drawn.insert(0, Series(name, OPTIMAL_COLOUR, x, y, dash="--", legend=False))
+        drawn.append(series(name, chosen, "--", legend=at == 0))
     return drawn
 
 
@@ -147,7 +123,7 @@ def _stage_series(data: ReportData, x: str, y: str) -> tuple[list[Series], list[
                     mean_y,
                     labels=["" if differing[beta] else f"β {beta:g}" for beta in by_beta],
                     label_sides=(style.label_side,),
-                    dash="solid" if len(by_beta) > 1 else "",
+                    dash="-" if len(by_beta) > 1 else "",
                     legend=False,
                 )
             )
@@ -193,8 +169,7 @@ def _points(
 def _describe(policy: Policy) -> list[str]:
     trained = ", ".join(f"{k} {v:g}" for k, v in (("β", policy.beta), ("seed", policy.seed)) if v is not None)
     shown = [m for m in ("reward", "kl", "objective", "gold") if m in policy.metrics]
-    lines = [f"{METRICS[m]} {i.mean:.3f} ({i.low:.3f} to {i.high:.3f})" for m in shown for i in [policy.metrics[m]]]
-    return [policy.name, *([trained] if trained else []), *lines]
+    return [policy.name, *([trained] if trained else []), *(f"{HELD_OUT[m].label} {policy.metrics[m]}" for m in shown)]
 
 
 def gold_plot(data: ReportData) -> Plot | None:
@@ -206,7 +181,7 @@ def gold_plot(data: ReportData) -> Plot | None:
     }
     best = sorted((p for p in data.policies if p.name in n_of and "gold" in p.metrics), key=lambda p: n_of[p.name])
     labels = [str(n_of[p.name]) if p.kind == "best-of-n" else "" for p in best]
-    series = [_points(STYLES["best-of-n"], best, "reward", "gold", labels, dash="dot")] if best else []
+    series = [_points(STYLES["best-of-n"], best, "reward", "gold", labels, dash=":")] if best else []
     stages, notes = _stage_series(data, "reward", "gold")
     return Plot("reward", "gold", [*series, *_reference_series(data, "reward", "gold"), *stages], notes)
 
@@ -214,15 +189,16 @@ def gold_plot(data: ReportData) -> Plot | None:
 def curve_plots(data: ReportData) -> dict[str, Plot]:
     """Metric -> its curve for every policy that logged it."""
     colours = curve_colours(data)
-    titles = {metric: (title, stage.online) for stage in JUDGED.values() for metric, title in stage.curves.items()}
+    curves = {metric: stage.online for stage in JUDGED.values() for metric in stage.curves}
     plots = {}
-    for metric, (title, episodes) in titles.items():
+    for metric, online in curves.items():
         series = []
         for name, points in ((p.name, p.curves[metric]) for p in data.policies if metric in p.curves):
             colour, dash = colours[name]
             series.append(Series(name, colour, [x for x, _ in points], [y for _, y in points], dash=dash))
         if series:
-            plots[metric] = Plot("episodes" if episodes else "optimizer steps", "", series, title=title)
+            x_title = "episodes" if online else "optimizer steps"
+            plots[metric] = Plot(x_title, "", series, title=f"{TRAINING[metric].label}\n{metric}")
     return plots
 
 
@@ -258,7 +234,7 @@ def watch_plots(data: ReportData) -> dict[str, Plot]:
                 )
             )
         if series:
-            plots[metric] = Plot("KL to the reference, nats a sequence", metric, series, title=f"held-out {metric}")
+            plots[metric] = Plot(KL_AXIS, metric, series, title=f"held-out {metric}", root=True)
     return plots
 
 
@@ -268,7 +244,7 @@ def curve_colours(data: ReportData) -> dict[str, tuple[str, str]]:
     for kind in JUDGED:
         members = [p.name for p in data.policies if p.kind == kind]
         for at, name in enumerate(members):
-            dash = ("solid", "dash", "dot", "dashdot")[at % 4]
+            dash = LINE_STYLES[at % 4]
             styles[name] = (_shade(STYLES[kind].colour, at / max(1, len(members) - 1)), dash)
     return styles
 
@@ -277,164 +253,3 @@ def _shade(colour: str, towards: float) -> str:
     """`colour` mixed with up to half white; 0 leaves it as it is."""
     channels = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return "#" + "".join(f"{round(c + (255 - c) * 0.5 * towards):02x}" for c in channels)
-
-
-def sqrt_ticks(highest: float) -> list[float]:
-    """About six round values from 0 to `highest`, evenly spread on a square-root axis."""
-    if highest <= 0:
-        return [0.0]
-    values = (highest * (at / 6) ** 2 for at in range(1, 7))
-    return sorted({0.0, *(float(f"{v:.{2 if f'{v:e}'[0] == '1' else 1}g}") for v in values)})
-
-
-def _root(values: Iterable[float]) -> list[float]:
-    """Square roots; an estimated KL may be a little below zero."""
-    return [math.sqrt(max(0.0, value)) for value in values]
-
-
-# --- plotly ------------------------------------------------------------------------------------------------------
-
-
-def plotly_figure(plot: Plot, square_root_x: bool = False) -> dict[str, Any]:
-    """The figure as plain JSON; plotly has no square-root axis, so x is transformed and the ticks are named."""
-    import plotly.graph_objects as go
-
-    axis = {"gridcolor": "#ececec", "zeroline": False, "linecolor": "#999999", "ticks": "outside", "tickcolor": "#999999"}
-    axis |= {"automargin": True}
-    ticks: dict[str, Any] = {}
-    if square_root_x:
-        values = sqrt_ticks(max((x for series in plot.series for x in _reach(series)), default=0.0))
-        ticks = {"tickvals": _root(values), "ticktext": [f"{value:g}" for value in values]}
-    figure = go.Figure(
-        [_trace(series, square_root_x) for series in plot.series],
-        {
-            "xaxis": {"title": {"text": plot.x_title}, **axis, **ticks},
-            "yaxis": {"title": {"text": plot.y_title, "standoff": 12}, **axis},
-            "showlegend": False,
-            "margin": {
-                "l": 48,
-                "r": 40 if any(any(s.labels) for s in plot.series) else 14,
-                "t": 10,
-                "b": 44,
-            },  # room for a label
-            "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": "#333333"},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#222222"}},
-            "template": "none",
-        },
-    )
-    return json.loads(figure.to_json())
-
-
-def _reach(series: Series) -> list[float]:
-    return [*series.x, *(high for _, high in series.x_bars)]
-
-
-def _trace(series: Series, square_root_x: bool) -> Any:
-    """A plotly scatter; its text is HTML to plotly, hence the escapes."""
-    import plotly.graph_objects as go
-
-    scale = _root if square_root_x else list
-    x = scale(series.x)
-    labelled = any(series.labels)
-    parts = (("lines", series.dash), ("markers", series.marker or labelled), ("text", labelled))
-    mode = "+".join(part for part, on in parts if on)
-    fill = "#ffffff" if series.hollow else series.colour
-    marker = {"symbol": series.marker, "size": 9 if series.name in {s.label for s in STYLES.values()} else 7, "color": fill,
-              "line": {"color": series.colour, "width": 1.5 if series.hollow else 0}}  # fmt: skip
-    bars = {}
-    for axis, centre, pairs in (("x", x, [scale(p) for p in series.x_bars]), ("y", series.y, series.y_bars)):
-        if pairs:
-            bars[f"error_{axis}"] = {
-                "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": series.colour,
-                "array": [high - c for c, (_, high) in zip(centre, pairs, strict=True)],
-                "arrayminus": [c - low for c, (low, _) in zip(centre, pairs, strict=True)],
-            }  # fmt: skip
-    return go.Scatter(
-        x=x,
-        y=series.y,
-        mode=mode or "none",
-        name=_plotly_text(series.name),
-        meta=series.name,
-        showlegend=series.legend,
-        line={"color": series.colour, "dash": series.dash or "solid", "width": 1.75},
-        marker=marker if series.marker else {"size": 12, "opacity": 0},  # unseen, it keeps a label off its point
-        text=[_plotly_text(label) for label in series.labels] or None,
-        textposition=[side for side, _ in zip(itertools.cycle(series.label_sides), series.x, strict=False)],
-        textfont={"color": series.colour, "size": 11},
-        hovertext=["<br>".join(map(_plotly_text, lines)) for lines in series.hover] or None,
-        hoverinfo="text" if series.hover else ("x+y" if not series.labels else "skip"),
-        cliponaxis=False,
-        **bars,
-    )
-
-
-def _plotly_text(text: str) -> str:
-    return html.escape(text, quote=False)
-
-
-# --- matplotlib --------------------------------------------------------------------------------------------------
-
-_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X"}
-_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-
-
-def save_png(plots: Sequence[Plot], file: Path, square_root_x: bool = False) -> None:
-    """Draws `plots` beside each other, up to three in a row, with one legend for all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(plots))
-    rows = math.ceil(len(plots) / columns)
-    size = (8, 5.2) if len(plots) == 1 else (4 * columns, 2.7 * rows + 0.5)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    handles: dict[str, Any] = {}
-    for at, plot in enumerate(plots):
-        axes = figure.add_subplot(rows, columns, at + 1)
-        axes.set_title(plot.title, fontsize=9)
-        axes.set_xlabel(plot.x_title, fontsize=9)
-        axes.set_ylabel(plot.y_title, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#ececec")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        for series in plot.series:
-            handle = _draw(axes, series, square_root_x)
-            if series.legend:
-                handles.setdefault(_matplotlib_text(series.name), handle)
-        if square_root_x:
-            ticks = sqrt_ticks(max((x for series in plot.series for x in _reach(series)), default=0.0))
-            axes.set_xticks(_root(ticks), [f"{tick:g}" for tick in ticks])
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(file, metadata={"Software": None})
-
-
-def _draw(axes: Any, series: Series, square_root_x: bool) -> Any:
-    scale = _root if square_root_x else list
-    x = scale(series.x)
-    errors = {}
-    for name, centre, pairs in (("xerr", x, [scale(p) for p in series.x_bars]), ("yerr", series.y, series.y_bars)):
-        if pairs:  # matplotlib refuses a negative length, plotly does not
-            sides = [(max(0.0, c - low), max(0.0, high - c)) for c, (low, high) in zip(centre, pairs, strict=True)]
-            errors[name] = list(map(list, zip(*sides, strict=True)))
-    handle = axes.errorbar(
-        x, series.y, color=series.colour, linestyle=_DASHES.get(series.dash, "none"), linewidth=1.3, elinewidth=0.8,
-        marker=_MARKERS.get(series.marker, ""), markersize=5, markerfacecolor="white" if series.hollow else series.colour,
-        **errors,
-    )  # fmt: skip
-    for at, (label, side) in enumerate(zip(series.labels, itertools.cycle(series.label_sides), strict=False)):
-        vertical, _, horizontal = side.partition(" ")
-        offset = ({"left": -5, "center": 0, "right": 5}[horizontal], 4 if vertical == "top" else -4)
-        align = {"left": "right", "center": "center", "right": "left"}[horizontal]
-        axes.annotate(
-            _matplotlib_text(label), (x[at], series.y[at]), offset, textcoords="offset points", fontsize=8,
-            color=series.colour, ha=align, va="bottom" if vertical == "top" else "top",
-        )  # fmt: skip
-    return handle
-
-
-def _matplotlib_text(text: str) -> str:
-    """`$` would start a formula, and a leading underscore hides a legend entry."""
-    return re.sub(r"^_", "\u200b_", text.replace("$", r"\$"))

@@ -1,11 +1,12 @@
 """What watches a training run: its metrics files and trackers, and a progress bar with the numbers that matter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from rlhf_recipes.metrics import TRAINING
 from rlhf_recipes.process import progress_bar
 from rlhf_recipes.runs.folder import Run
 
@@ -22,13 +23,9 @@ class RunLogger(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the optimizer steps (or PPO updates) with the latest of `shown` metrics.
+    """One bar over the optimizer steps (or PPO updates) with the latest of the metrics `shown`."""
 
-    Args:
-        shown: metric name -> label.
-    """
-
-    def __init__(self, title: str, shown: Mapping[str, str]) -> None:
+    def __init__(self, title: str, shown: Iterable[str]) -> None:
         self.title, self.shown = title, shown
         self.bar: tqdm | None = None
         self.latest: dict[str, str] = {}
@@ -38,7 +35,7 @@ class ProgressBar(TrainerCallback):
             self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.title)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.latest |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}
+        self.latest |= {TRAINING[name].title: f"{logs[name]:.3g}" for name in self.shown if name in logs}
         if self.bar is not None:
             self.bar.set_postfix(self.latest, refresh=False)
 

@@ -18,17 +18,17 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from rlhf_recipes.checks.machine import check
 from rlhf_recipes.command_line import parse_command_line
+from rlhf_recipes.metrics import HELD_OUT
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
 from rlhf_recipes.recipe.loading import keys_of_sections, load_recipe
 from rlhf_recipes.recipe.sections import SECTIONS, Recipe
-from rlhf_recipes.recipe.stages import JUDGED, STAGES, TRAINED
+from rlhf_recipes.recipe.stages import JUDGED, TRAINED
 from rlhf_recipes.recipe.yaml_text import read_yaml
+from rlhf_recipes.sweeps.pruning import Pruning, pruning_of
 from rlhf_recipes.sweeps.space import combinations, distribution, range_ends
 
 METHODS = ("grid", "random", "bayes")
 SEED = "run.seed"
-# of evaluation.Completions.means
-METRICS = ("reward", "gold", "kl", "objective", "length", "distinct_2", "repetition", "truncated", "entropy")
 _KEYS = (
     "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "project", "entity",
     "description",
@@ -36,15 +36,6 @@ _KEYS = (
 _SERVERS_KEYS = ("apiVersion", "kind", "controller", "job", "image_uri", "scheduler", "metrics")
 _COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # wandb's default
 _GIVEN = ("run.name", "run.output", "run.resume", "run.group", "run.trial")  # to every trial
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """`early_terminate`, in the numbers of Optuna's HyperbandPruner; a resource is one held-out evaluation while training."""
-
-    min_resource: int
-    max_resource: int | str  # or "auto"
-    reduction_factor: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class Sweep:
     @property
     def title(self) -> str:
         """What is compared, for a table's head."""
-        name = "J" if self.metric == "objective" else self.metric
+        name = HELD_OUT[self.metric].title if self.metric in HELD_OUT else self.metric
         return name if self.beta is None else f"{name} at beta {self.beta:g}"
 
     def value(self, metrics: dict[str, float]) -> float:
@@ -172,15 +163,16 @@ def _load(file: Path, asked: int | None, study: str | None, output: str, trials:
         command[at:], note = _renamed(command[at:], another[1]), said_of_another(file, *another)
     first = {name: range_ends(dist)[0] for name, dist in space.items() if name != "objective.beta"}
     base = _base_recipe(command, program, fixed | first, output)
-    metric, maximize = _metric(content, base)
+    metric, maximize = _metric(content, [term.title for term in base.reward.all_terms()])
     name = study or content.get("name") or f"{base.task}-{file.stem}"
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
         raise RecipeError(f"`name` {shortened(name)}: expected the name of a folder: letters, digits, `_`, `.` and `-`")
-    chosen = _seeds(read.get(SEED), asked, base)
+    chosen = _seeds(read.get(SEED), asked, base.run.seed)
     cap = _run_cap(content, len(chosen), trials)
     if method != "grid" and cap is None:
         raise RecipeError(f"method {method} has no end of its own: give --trials N, or `run_cap`, which counts every seed")
-    pruning = _pruning(content, base, stage)
+    stop = content.get("early_terminate")
+    pruning = None if stop is None else pruning_of(stop, stage, base.stages.get(stage, {}))
     project = content.get("project")
     sweep = Sweep(
         file, name, stage, method, metric, maximize, space, fixed, chosen, command, program, output, project, cap, pruning,
@@ -332,26 +324,26 @@ def _base_recipe(command: list[str], program: str, values: dict[str, Any], outpu
     return load_recipe(line.recipe, line.overrides | {"run.output": output})
 
 
-def _metric(content: dict[str, Any], recipe: Recipe) -> tuple[str, bool]:
+def _metric(content: dict[str, Any], rewards: list[str]) -> tuple[str, bool]:
     metric = content.get("metric", {"name": "eval/objective", "goal": "maximize"})
     if not isinstance(metric, dict) or "name" not in metric:
         raise RecipeError("`metric` must have a `name` and a `goal`, as {name: eval/objective, goal: maximize}")
     for key in metric:
         if key not in ("name", "goal"):
             raise RecipeError(f"`metric.{key}` is no key that is read here{nearest(str(key), ('name', 'goal'))}; leave it out")
-    terms = recipe.reward.all_terms()
-    known = [f"eval/{name}" for name in (*METRICS, *(f"reward_{term.title}" for term in terms if len(terms) > 1))]
+    measured = [name for name, metric in HELD_OUT.items() if not metric.several]
+    known = [f"eval/{name}" for name in (*measured, *(f"reward_{name}" for name in rewards if len(rewards) > 1))]
     name = _one_of("metric.name", metric["name"], known)
     if "goal" not in metric:
         raise RecipeError("`metric.goal` is missing, and wandb would minimize: write `goal: maximize` or `goal: minimize`")
     return name.removeprefix("eval/"), _one_of("metric.goal", metric["goal"], ("maximize", "minimize")) == "maximize"
 
 
-def _seeds(given: BaseDistribution | list[Any] | None, asked: int | None, recipe: Recipe) -> list[int]:
+def _seeds(given: BaseDistribution | list[Any] | None, asked: int | None, own: int) -> list[int]:
     if asked is not None and asked < 1:
         raise RecipeError(f"--seeds {asked}: expected at least 1")
     if given is None:
-        return [recipe.run.seed] if asked is None else list(range(asked))
+        return [own] if asked is None else list(range(asked))
     if not isinstance(given, list | CategoricalDistribution):
         raise RecipeError(f"`parameters.{SEED}`: every point is run with every seed, so give them as `values`")
     seeds = list(given if isinstance(given, list) else given.choices)
@@ -370,33 +362,6 @@ def _run_cap(content: dict[str, Any], seeds: int, trials: int | None) -> int | N
     if trials is not None and trials < 1:
         raise RecipeError(f"--trials {trials}: expected at least 1")
     return trials or (cap and max(1, cap // seeds))
-
-
-def _pruning(content: dict[str, Any], recipe: Recipe, stage: str) -> Pruning | None:
-    stop = content.get("early_terminate")
-    if stop is None:
-        return None
-    keys = ("type", "min_iter", "max_iter", "s", "eta", "strict")
-    if not isinstance(stop, dict) or stop.get("type") != "hyperband":
-        raise RecipeError("`early_terminate.type` must be hyperband, with `min_iter`, or with `max_iter` and `s`")
-    for key, value in stop.items():
-        if key not in keys:
-            raise RecipeError(f"unknown key `early_terminate.{key}`{nearest(str(key), keys)}")
-        least = {"min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key)
-        if least is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise RecipeError(f"`early_terminate.{key}`: Optuna takes whole numbers from {least} on, got {shortened(value)}")
-    if stop.get("strict", True) is not True:
-        raise RecipeError("`early_terminate.strict`: Optuna's successive halving is the strict one; leave it out")
-    if ("min_iter" in stop) == ("max_iter" in stop) or ("max_iter" in stop) != ("s" in stop):
-        raise RecipeError("`early_terminate` needs `min_iter`, or `max_iter` and `s`")
-    if recipe.stages.get(stage, {}).get("eval_strategy", "no") != "steps":
-        give = f"give `{stage}.eval_strategy: {{value: steps}}` and `{stage}.eval_steps`"
-        where = give if STAGES[stage].online else "leave it out"
-        raise RecipeError(f"`early_terminate`: this {stage} measures no held-out metric before its end; {where}")
-    eta = stop.get("eta", 3)
-    if "min_iter" in stop:
-        return Pruning(stop["min_iter"], "auto", eta)
-    return Pruning(max(1, stop["max_iter"] // eta ** stop["s"]), stop["max_iter"], eta)
 
 
 def text_of(point: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep found: a row a point, ranked; the table, results.json, results.md and the reward-KL frontier."""
+"""What a sweep found: one row for each point, ranked; the table, results.json, results.md and the reward-KL frontier."""
 
 import json
 import shlex
@@ -11,6 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import stdtrit
 
 from rlhf_recipes.evaluation.tables import markdown_table, print_rows
+from rlhf_recipes.metrics import label_of
+from rlhf_recipes.report.drawing import Plot, Series, save_png
+from rlhf_recipes.report.plots import KL_AXIS, LINE_STYLES, STYLES
 from rlhf_recipes.sweeps.file import Sweep, text_of
 
 FINISHED = "finished"
@@ -21,7 +24,7 @@ _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-_SHOWN = {"reward": "reward", "kl": "KL, nats", "gold": "gold"}
+_SHOWN = ("reward", "kl", "gold")  # beside what a sweep is judged by
 
 
 def interval(values: list[float], level: float = 0.95) -> dict[str, float]:
@@ -97,8 +100,8 @@ def describe(sweep: Sweep, row: dict[str, Any]) -> str:
     point = text_of(row["parameters"])
     if row["state"] != FINISHED:
         return f"trial {row['trial']}: {point}: {row['state']}" + (f": {row['reason']}" if row["reason"] else "")
-    shown = {sweep.title: row["value"]} | {title: row["metrics"].get(name) for name, title in _SHOWN.items()}
-    measured = ", ".join(f"{title} {_cell(known)}" for title, known in shown.items() if known)
+    others = [f"{label_of(name)} {_cell(row['metrics'][name])}" for name in _others(sweep, [row])]
+    measured = ", ".join([f"{sweep.title} {_cell(row['value'])}", *others])
     return f"trial {row['trial']}: {point}: {measured} ({row['seconds']:.0f} s)"
 
 
@@ -107,12 +110,15 @@ def _cell(known: dict[str, float]) -> str:
     return f"{mean:.3f} ± {known['high'] - mean:.3f}" if "high" in known else f"{mean:.3f}"
 
 
+def _others(sweep: Sweep, rows: list[dict[str, Any]]) -> list[str]:
+    """The metrics that are shown beside what the sweep is judged by."""
+    return [name for name in _SHOWN if name != sweep.metric and any(name in row["metrics"] for row in rows)]
+
+
 def _table(sweep: Sweep, results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = results["trials"]
-    shown = {
-        name: title for name, title in _SHOWN.items() if any(name in row["metrics"] for row in rows) and title != sweep.title
-    }
-    head = ["rank", *sweep.space, *shown.values(), sweep.title, "s", "state", "run"]
+    shown = _others(sweep, rows)
+    head = ["rank", *sweep.space, *map(label_of, shown), sweep.title, "s", "state", "run"]
     cells = [
         [
             str(row["rank"] or ""),
@@ -187,8 +193,6 @@ def print_results(sweep: Sweep, results: dict[str, Any]) -> None:
 
 def _save_frontier(sweep: Sweep, results: dict[str, Any], file: Path) -> None:
     """Reward against KL: a point each beta, intervals over seeds; of a grid a line for each setting of its other parameters."""
-    from rlhf_recipes.report.plots import STYLES, Plot, Series, save_png  # they import torch
-
     done = [row for row in results["trials"] if row["state"] == FINISHED]
     grid = sweep.method == "grid"
     others = [name for name in sweep.space if name != "objective.beta" and grid]
@@ -209,12 +213,12 @@ def _save_frontier(sweep: Sweep, results: dict[str, Any], file: Path) -> None:
                 labels=[f"β {row['parameters']['objective.beta']:.3g}" for row in rows],
                 label_sides=(style.label_side,),
                 marker=style.marker,
-                dash=("solid", "dash", "dot", "dashdot")[at % 4] if grid else "",
+                dash=LINE_STYLES[at % 4] if grid else "",
             )
         )
     style, known = STYLES["reference"], interval([run["reference"]["reward"] for run in done[0]["runs"]])
     drawn.append(Series(style.label, style.colour, [0.0], [known["mean"]], y_bars=_bars([known]), marker=style.marker))
-    save_png([Plot("KL to the reference, nats a sequence", "reward", drawn)], file, square_root_x=True)
+    save_png([Plot(KL_AXIS, "reward", drawn, root=True)], file)
 
 
 def _bars(known: list[dict[str, float]]) -> list[tuple[float, float]]:
