@@ -116,8 +116,6 @@ class ReportData:
     notes: list[str]  # what to know beside the numbers
 
 
-
-
 def evaluation_folder(recipe: Recipe) -> Path:
     """`report.evaluation`, or the task's latest run of scripts/evaluate.py.
 

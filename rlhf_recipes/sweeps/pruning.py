@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
+from rlhf_recipes.recipe.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def pruning_of(stop: Any, stage: str, section: dict[str, Any]) -> Pruning:
     if ("min_iter" in stop) == ("max_iter" in stop) or ("max_iter" in stop) != ("s" in stop):
         raise RecipeError("`early_terminate` needs `min_iter`, or `max_iter` and `s`")
     if section.get("eval_strategy", "no") != "steps":
-        where = f"give `{stage}.eval_strategy: {{value: steps}}` and `{stage}.eval_steps`" if stage != "dpo" else "leave it out"
+        give = f"give `{stage}.eval_strategy: {{value: steps}}` and `{stage}.eval_steps`"
+        where = give if STAGES[stage].online else "leave it out"
         raise RecipeError(f"`early_terminate`: this {stage} measures no held-out metric before its end; {where}")
     eta = stop.get("eta", 3)
     if "min_iter" in stop:
