@@ -79,7 +79,7 @@ class Tracker:
 def _project(recipe: Recipe) -> str:
     """The recipe's, else that of WANDB_PROJECT, else the default."""
     own = recipe.run.project
-    return os.environ.get("WANDB_PROJECT") or own if own == RunSection.project else own
+    return os.environ.get("WANDB_PROJECT") or own if own == RunSection.model_fields["project"].default else own
 
 
 def _mode() -> Literal["online", "offline"] | None:
