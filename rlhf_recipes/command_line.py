@@ -3,7 +3,6 @@
 Nothing heavy is imported here: a wrong key is answered in well under a second.
 """
 
-import dataclasses
 import errno
 import functools
 import os
@@ -80,9 +79,9 @@ def help_text(stage: str, doc: str) -> str:
         "shared keys:",
     ]
     for name, cls in SECTIONS.items():
-        for f in dataclasses.fields(cls):
-            default = "required" if f.default is dataclasses.MISSING else f"default {f.default}"
-            lines.append(f"  --{name + '.' + f.name:<28} {f.metadata['doc']} ({default})")
+        for key, field in cls.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default}"
+            lines.append(f"  --{name + '.' + key:<28} {field.description} ({default})")
     row = STAGES[stage]
     if row.trains:
         lines += ["", f"keys of `{row.section}`, TRL's own names (default):"]

@@ -270,7 +270,7 @@ def test_advice_names_keys_that_the_recipe_takes(stage):
     for changes, _, _ in cases(0.1).values():
         [finding] = found(stage, **changes)
         for section, key in re.findall(r"`(\w+)\.(\w+)", finding.advice):
-            known = {field.name for field in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else ()
+            known = SECTIONS[section].model_fields if section in SECTIONS else ()
             assert key in (known or TRAINED[section].keys), finding
 
 

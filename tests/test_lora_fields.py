@@ -20,8 +20,9 @@ from rlhf_recipes.models.adapters import load_policy_adapter
 from rlhf_recipes.models.backbone import shared_copy
 from rlhf_recipes.models.reference import Reference
 from rlhf_recipes.recipe.errors import RecipeError
+from rlhf_recipes.recipe.keys import LORA_REFUSED
 from rlhf_recipes.recipe.loading import load_recipe
-from rlhf_recipes.recipe.sections import LORA_REFUSED, LoraSection
+from rlhf_recipes.recipe.sections import LoraSection
 from rlhf_recipes.roles import build_roles
 from rlhf_recipes.rollouts.forward import response_forward
 from rlhf_recipes.rollouts.lean import LeanSampler
@@ -55,7 +56,7 @@ def ready(tiny, values):
 
 
 def test_every_field_of_peft_is_taken_or_refused():
-    ours = {field.name for field in dataclasses.fields(LoraSection)}
+    ours = set(LoraSection.model_fields)
     assert ours == TAKEN.keys()
     theirs = {field.name for field in dataclasses.fields(LoraConfig)}
     assert theirs == (ours - {"alpha", "dropout"}) | {"lora_alpha", "lora_dropout"} | (LORA_REFUSED.keys() & theirs)

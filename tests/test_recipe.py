@@ -150,8 +150,8 @@ def test_every_own_key_is_read_somewhere():
     for file in [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py")]:
         read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     for name, section in SECTIONS.items():
-        for field in dataclasses.fields(section) if name != "lora" else ():  # PEFT's own; test_lora_fields.py tries each
-            assert field.name in read, f"{name}.{field.name}"
+        for key in section.model_fields if name != "lora" else ():  # PEFT's own; test_lora_fields.py tries each
+            assert key in read, f"{name}.{key}"
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}  # read by transformers
     stage_text = "".join(file.read_text() for file in [*ROOT.glob("rlhf_recipes/**/*.py"), *ROOT.glob("scripts/*.py")])
     for stage, row in TRAINED.items():
@@ -290,4 +290,4 @@ def test_help_and_dry_run_import_nothing_heavy(word, heavy):
 def test_owned_keys_point_to_keys_that_exist():
     for owner in keys.OWNER_OF.values():
         section, _, key = owner.partition(".")
-        assert not key or key in {f.name for f in dataclasses.fields(SECTIONS[section])}
+        assert not key or key in SECTIONS[section].model_fields

@@ -1,6 +1,5 @@
 """Whatever is written in a recipe or on a command line: it resolves and can be written down again, or it is a RecipeError."""
 
-import dataclasses
 import math
 
 import pytest
@@ -16,7 +15,7 @@ from rlhf_recipes.recipe.stages import TRAINED
 
 GOOD = {"model": {"path": "x"}, "reward": {"adapter": "y"}}
 IMDB = yaml.safe_load((DEFAULT_RECIPE / "recipe.yaml").read_text(encoding="utf-8"))
-SHARED_KEYS = [(section, f.name) for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+SHARED_KEYS = [(section, key) for section, cls in SECTIONS.items() for key in cls.model_fields]
 STAGE_KEYS = [(stage, key) for stage, row in TRAINED.items() for key in row.fields]
 
 scalars = (

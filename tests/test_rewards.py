@@ -1,7 +1,6 @@
 """Every kind of reward, their sum and its shaping, and what happens when a python reward fails."""
 
 import asyncio
-import dataclasses
 import importlib
 import json
 import math
@@ -68,7 +67,7 @@ def by_function(function, **settings):
 
 def test_a_kind_of_reward_is_a_key_and_a_module_of_its_name():
     """What a new kind takes: its file, and a line in recipe/sections.py."""
-    keys = {field.name for field in dataclasses.fields(RewardTerm)}
+    keys = set(RewardTerm.model_fields)
     for kind in REWARD_KINDS:
         assert kind in keys
         assert callable(importlib.import_module(f"rlhf_recipes.rewards.{kind}").load)

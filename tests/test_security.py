@@ -513,7 +513,7 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated(key, tiny, tmp
 
 def test_secrets_in_a_cycle_of_aliases(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: {path: x, architecture: &a {b: [*a], token: t}}\nreward: {adapter: y}\n")
-    with pytest.raises(RecipeError, match=r"`model\.architecture\.token`: a secret"):
+    with pytest.raises(RecipeError, match="anchors and aliases"):
         load_recipe(tmp_path)
 
 

@@ -56,7 +56,7 @@ def check_settings(recipe: Recipe, stage: Stage, section: dict[str, Any]) -> Non
         )
     if stage.online:
         check_online(recipe, name)
-    if stage.sampled_pairs:
+    if "f_divergence_type" in stage.fields:  # its loss is one of DPO's
         check_dpo(recipe)
 
 

@@ -90,10 +90,7 @@ def _first(dataset: Dataset) -> Dataset:
 
 def _functions(recipe: Recipe, task: types.ModuleType) -> list[str]:
     """The rewards of the task that the recipe names, and those that have a name of their own."""
-    try:
-        named = [term.function_name for term in recipe.reward.all_terms() if term.function_name]
-    except RecipeError:  # the policy stages say so
-        named = []
+    named = [term.function_name for term in recipe.reward.all_terms() if term.function_name]
     return [name for name in dict.fromkeys(("reward", *named, "gold_reward")) if hasattr(task, name)]
 
 

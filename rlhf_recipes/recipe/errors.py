@@ -44,6 +44,17 @@ class RecipeError(Exception):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
+class SectionError(Exception):
+    """What is wrong with a section of a recipe, for whoever knows which file or option said it.
+
+    key: the key of the section; None where it is about several of them, "" where about the section itself.
+    """
+
+    def __init__(self, key: str | None, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
 class StoppedError(RecipeError):
     """A run cannot go on, for a reason that is not the recipe's text: a full disk, losses that are not finite."""
 
@@ -60,7 +71,7 @@ _SHORTENER.maxstring = _SHORTENER.maxother = 80
 
 
 def shortened(value: Any) -> str:
-    """`value` as Python writes it, or its beginning and end; never more than a line, however much aliases make of it."""
+    """`value` as Python writes it, or its beginning and end; never more than a line."""
     try:
         return _SHORTENER.repr(value)
     except ValueError:  # Python's own limit on the digits of a number

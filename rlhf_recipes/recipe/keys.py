@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from rlhf_recipes.recipe.errors import SectionError
 from rlhf_recipes.recipe.trl_fields import Field
 
 # A fact that several stages share has one owner; TRL's name for it is refused inside a stage section.
@@ -155,6 +156,24 @@ REFUSED = {
     },
 }
 
+# PEFT's other fields.
+_CHANGES_BACKBONE = "it changes the backbone's own weights, which every role shares"
+_UNPROVEN = "a variant of LoRA that the shared roles have not been checked with"
+_BY_STAGE = "each stage sets it"
+LORA_REFUSED = {
+    "bias": _CHANGES_BACKBONE,
+    "layer_replication": _CHANGES_BACKBONE,
+    **dict.fromkeys(("loftq_config", "corda_config", "eva_config", "lora_ga_config"), _CHANGES_BACKBONE),
+    **dict.fromkeys(("use_qalora", "qalora_group_size", "use_bdlora", "velora_config", "monteclora_config"), _UNPROVEN),
+    **dict.fromkeys(("arrow_config", "kasa_config", "ensure_weight_tying", "runtime_config"), _UNPROVEN),
+    "alora_invocation_tokens": "it adapts a part of each text, which weights with a merged adapter cannot",
+    "megatron_config": "it is for Megatron's layers",
+    "megatron_core": "it is for Megatron's layers",
+    "fan_in_fan_out": "PEFT sees by itself how a layer stores its weights",
+    **dict.fromkeys(("task_type", "inference_mode", "base_model_name_or_path", "revision"), _BY_STAGE),
+    **dict.fromkeys(("peft_type", "peft_version", "auto_mapping"), _BY_STAGE),
+}
+
 
 # --- keys beside others --------------------------------------------------------------------------------------------
 
@@ -208,17 +227,18 @@ def _literal(source: str | None) -> Any:
         return source
 
 
-def without_effect(
+def refuse_without_effect(
     section: str, fields: Mapping[str, Field], defaults: Mapping[str, Any], values: dict[str, Any], given: Collection[str]
-) -> str | None:
-    """What is wrong with a key of a stage's section that has no effect beside the others; None where every one has.
-
-    A switch that the recipe turns off by name takes along what the recipe says of it; but not what the command line says.
+) -> None:
+    """A switch that the recipe turns off by name takes along what the recipe says of it; but not what the command line says.
 
     Args:
         defaults: the stage's own, where they are not those of `fields`.
         values: the section's, of the types that TRL's fields have.
         given: the keys among them that the command line sets.
+
+    Raises:
+        SectionError: a key of a stage's section has no effect beside the others.
     """
     for key, value in values.items():
         if value is None or repr(value) == fields[key].default:
@@ -233,5 +253,4 @@ def without_effect(
         said_off = switch in values and key not in given
         if not fits(values.get(switch, default)) and not said_off:
             needed = f"`{section}.{switch}` {needed}".rstrip()
-            return f"`{section}.{key}` needs {needed}, without which it has no effect"
-    return None
+            raise SectionError(key, f"`{section}.{key}` needs {needed}, without which it has no effect")

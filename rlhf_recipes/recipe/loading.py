@@ -3,81 +3,83 @@
 Nothing heavy is imported here: a wrong key is answered in well under a second.
 """
 
-import dataclasses
 import functools
 import os.path
-import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
-from rlhf_recipes.recipe.keys import NO_SECRETS, OWNER_OF, SECRET, without_effect
+import pydantic
+
+from rlhf_recipes.recipe.errors import RecipeError, SectionError, nearest, shortened
+from rlhf_recipes.recipe.keys import LORA_REFUSED, NO_SECRETS, OWNER_OF, SECRET, refuse_without_effect
 from rlhf_recipes.recipe.names import meant
-from rlhf_recipes.recipe.sections import LORA_REFUSED, REWARD_KINDS, SECTIONS, Recipe, RewardTerm
+from rlhf_recipes.recipe.sections import REWARD_KINDS, SECTIONS, Recipe, RewardSection, RewardTerm
 from rlhf_recipes.recipe.stages import TRAINED
-from rlhf_recipes.recipe.values import coerce
-from rlhf_recipes.recipe.yaml_text import read_yaml
+from rlhf_recipes.recipe.validation import Section
+from rlhf_recipes.recipe.yaml_text import not_plain, read_yaml
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "imdb"
 
 
-def _build_section(name: str, values: Any, file: str) -> Any:
-    cls = SECTIONS[name]
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for key in values if name == "lora" and isinstance(values, dict) else ():
-        if key in LORA_REFUSED:
-            raise RecipeError(f"{file}: `lora.{key}` is not taken: {LORA_REFUSED[key]}; leave it out")
-    _check_keys(name, values, hints, file)
-    given = {key: coerce(value, hints[key], f"{file}: `{name}.{key}`") for key, value in values.items()}
-    for f in dataclasses.fields(cls):
-        if f.default is dataclasses.MISSING and f.name not in given:
-            raise RecipeError(f"{file}: `{name}.{f.name}` is missing ({f.metadata['doc']})")
-    return cls(**given)
-
-
-def _refuse_secrets(section: str, values: Any, file: str) -> None:
+def _refuse_secrets(section: str, values: Any) -> None:
     """Names the key of a secret anywhere in `values`, and never the value."""
-    pending, seen = [(section, values)], set()
+    pending = [(section, None, values)]
     while pending:
-        where, item = pending.pop()
-        if id(item) in seen:  # YAML's aliases can make cycles
-            continue
-        seen.add(id(item))
+        where, top, item = pending.pop()
         if isinstance(item, dict):
-            for key in item:
+            for key, inner in item.items():
                 if isinstance(key, str) and SECRET.search(key):
-                    raise RecipeError(f"{file}: `{where}.{key}`: {NO_SECRETS}")
-            pending += [(f"{where}.{key}", inner) for key, inner in item.items()]
+                    raise SectionError(top or key, f"`{where}.{key}`: {NO_SECRETS}")
+                pending.append((f"{where}.{key}", top or key, inner))
         elif isinstance(item, list):
-            pending += [(f"{where}[{i}]", inner) for i, inner in enumerate(item)]
+            pending += [(f"{where}[{i}]", top, inner) for i, inner in enumerate(item)]
 
 
-def _build_stage(name: str, values: Any, file: str, given: Collection[str]) -> dict[str, Any]:
+def _build_section(name: str, values: Any) -> Section:
+    section = _parse(SECTIONS[name], values, name)
+    if isinstance(section, RewardSection):
+        for i, term in enumerate(section.terms or ()):
+            try:
+                _parse(RewardTerm, term, f"reward.terms[{i}]")
+            except SectionError as error:
+                raise SectionError("terms", str(error)) from None
+        section.check()
+    return section
+
+
+@functools.cache
+def _stage_model(section: str) -> type[Section]:
+    stage = TRAINED[section]
+    keys: dict[str, Any] = {key: (stage.fields[key].type, None) for key in stage.keys}
+    return pydantic.create_model(section, __base__=Section, **keys)
+
+
+def _build_stage(name: str, values: Any, given: Collection[str]) -> dict[str, Any]:
     """`given`: the keys that the command line sets."""
-    stage = TRAINED[name]
-    for key in values if isinstance(values, dict) else ():
-        if key in OWNER_OF:
-            raise RecipeError(f"{file}: `{name}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there")
-        if key in stage.refused_keys:
-            raise RecipeError(f"{file}: `{name}.{key}` has no effect here: {stage.refused_keys[key]}; leave it out")
-    _check_keys(name, values, stage.fields, file)
-    typed = {key: coerce(value, stage.fields[key].type, f"{file}: `{name}.{key}`") for key, value in values.items()}
-    problem = without_effect(name, stage.fields, stage.defaults, typed, given)
-    if problem is not None:
-        raise RecipeError(f"{file}: {problem}")
+    stage, section = TRAINED[name], _parse(_stage_model(name), values, name)
+    typed = {key: getattr(section, key) for key in values}
+    refuse_without_effect(name, stage.fields, stage.defaults, typed, given)
     return typed
 
 
-def _check_keys(section: str, values: Any, known: typing.Iterable[str], file: str) -> None:
-    if not isinstance(values, dict):
-        raise RecipeError(f"{file}: `{section}` must be a mapping of keys to values, got {shortened(values)}")
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"{file}: unknown key `{section}.{_key_name(key)}`{instead_of(_key_name(key), known, section)}")
+def _parse(model: type[Section], values: Any, where: str) -> Section:
+    return model.parse(values, where, functools.partial(_unknown, where, model.model_fields))
 
 
-def instead_of(name: str, known: typing.Iterable[str], section: str | None = None, stage: str | None = None) -> str:
+def _unknown(section: str, known: Iterable[str], key: str) -> str:
+    """What is said of a key that a section does not take."""
+    stage = TRAINED.get(section)
+    if section == "lora" and key in LORA_REFUSED:
+        return f"`lora.{key}` is not taken: {LORA_REFUSED[key]}; leave it out"
+    if stage is not None and key in OWNER_OF:
+        return f"`{section}.{key}` belongs to `{OWNER_OF[key]}`, which every stage shares; set it there"
+    if stage is not None and key in stage.refused_keys:
+        return f"`{section}.{key}` has no effect here: {stage.refused_keys[key]}; leave it out"
+    return f"unknown key `{section}.{key}`{instead_of(key, known, section.partition('.')[0])}"
+
+
+def instead_of(name: str, known: Iterable[str], section: str | None = None, stage: str | None = None) -> str:
     """The end of a message on an unknown key: what people mean by this name, or the nearest of those there are."""
     advice = meant(name, section, keys_of_sections(), stage)
     return f"; {advice}" if advice else nearest(name, known)
@@ -86,7 +88,7 @@ def instead_of(name: str, known: typing.Iterable[str], section: str | None = Non
 @functools.cache
 def keys_of_sections() -> dict[str, tuple[str, ...]]:
     """The keys that each section of a recipe takes."""
-    shared = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in SECTIONS.items()}
+    shared = {name: tuple(cls.model_fields) for name, cls in SECTIONS.items()}
     return shared | {name: stage.keys for name, stage in TRAINED.items()}
 
 
@@ -114,10 +116,12 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of sections, got {type(content).__name__}")
-    folder = Path(coerce(content.pop("folder", str(file.parent)), str, f"{file}: `folder`")).resolve()
+    folder = content.pop("folder", str(file.parent))
+    if not isinstance(folder, str) or not_plain(folder):
+        raise RecipeError(f"{file}: `folder`: expected str, got {shortened(folder)}")
 
     _replace_reward(content, overrides or {})
-    origin = {}  # (section, key) -> where it was said, so that an error blames the override and not the file
+    origin: dict[str, dict[str, str]] = {}  # section -> key -> the override that says it, and not the file
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
@@ -126,39 +130,31 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             content[section] = {}
         if isinstance(content[section], dict):
             content[section][key] = value
-        origin[section, key] = f"--{dotted}"
+        origin.setdefault(section, {})[key] = f"--{dotted}"
 
     for section in content:
         if section not in _section_names():
-            blame = next((o for (s, _), o in origin.items() if s == section), str(file))
+            blame = next(iter(origin.get(section, {}).values()), file)
             near = nearest(_key_name(section), _section_names())
             first = next(iter(content[section] or ()), None) if isinstance(content[section], dict) else _key_name(section)
             advice = "" if near else instead_of(_key_name(first), (), stage=None)
             raise RecipeError(f"{blame}: unknown section `{_key_name(section)}`{near or advice}")
 
-    def build(section: str, builder: Callable[[str, Any, str], Any]) -> Any:
+    def build(section: str, builder: Callable[..., Any], **more: Any) -> Any:
         values = {} if content.get(section) is None else content[section]
         try:
-            _refuse_secrets(section, values, str(file))
-            return builder(section, values, str(file))
-        except RecipeError as error:  # blame the override, where one set the key
-            message = str(error)
-            for (s, key), flag in origin.items():
-                if s == section and f"`{section}.{key}`" in message:
-                    message = message.replace(f"{file}:", f"{flag}:", 1)
-            raise RecipeError(message) from None
+            _refuse_secrets(section, values)
+            return builder(section, values, **more)
+        except SectionError as error:
+            said = origin.get(section, {})
+            blame = next(iter(said.values()), file) if error.key is None else said.get(error.key, file)
+            raise RecipeError(f"{blame}: {error}") from None
 
     sections = {name: build(name, _build_section) for name in SECTIONS}
-    try:
-        sections["reward"].all_terms()
-    except RecipeError as error:
-        blame = next((o for (s, _), o in origin.items() if s == "reward"), str(file))
-        raise RecipeError(f"{blame}: {error}") from None
     if "reward.normalize_prompts" in (overrides or {}) and not sections["reward"].normalize:
         raise RecipeError("--reward.normalize_prompts: `reward.normalize_prompts` needs `reward.normalize` true")
-    given = {name: {key for section, key in origin if section == name} for name in TRAINED}
-    stages = {name: build(name, functools.partial(_build_stage, given=given[name])) for name in TRAINED}
-    return Recipe(folder=folder, stages=stages, **sections)
+    stages = {name: build(name, _build_stage, given=origin.get(name, {})) for name in TRAINED}
+    return Recipe(folder=Path(folder).resolve(), stages=stages, **sections)
 
 
 def _replace_reward(content: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -171,7 +167,7 @@ def _replace_reward(content: dict[str, Any], overrides: dict[str, Any]) -> None:
     reward = content.get("reward")
     if not isinstance(reward, dict) or named <= {kind for kind in kinds if reward.get(kind)}:  # also where none is named
         return
-    for key in ("terms", *(f.name for f in dataclasses.fields(RewardTerm))):
+    for key in ("terms", *RewardTerm.model_fields):
         reward.pop(key, None)
     terms = overrides.get("reward.terms")
     parts = terms if isinstance(terms, list) else []

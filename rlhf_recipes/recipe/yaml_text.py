@@ -7,15 +7,21 @@ import yaml
 
 from rlhf_recipes.recipe.errors import RecipeError, shortened
 
-# --- reading and checking ----------------------------------------------------------------------------------------
-
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, which PyYAML silently overwrites, and reads only true and false as booleans.
+    """SafeLoader that refuses duplicate keys, which PyYAML silently overwrites, and anchors, of which a few lines can make
+    billions of values; and that reads only true and false as booleans.
 
     YAML 1.1 also reads yes, no, on and off so, which turns `save_strategy: no` into False. A date is text, as a run may be
     named after one.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if event.anchor is not None:
+            problem = "anchors and aliases (& and *) are not read here; write the value out, or put quotes around a text"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -63,33 +69,40 @@ def read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
 
 
-_MOST_VALUES, _DEEPEST, _LARGEST = 10_000, 32, 3.4e38
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that stands in two places twice: anchors are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-def check_plain(value: Any, where: str) -> None:
-    """Values that can be written down and read back as they are; with aliases, a few lines of YAML can hold billions."""
-    pending, count = [(value, 0)], 0
+def write_yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_DEEPEST, _LARGEST = 32, 3.4e38
+
+
+def not_plain(value: Any) -> str | None:
+    """Why a value cannot be written down and read back as it is; None where it can."""
+    pending = [(value, 0)]
     while pending:
         item, depth = pending.pop()
-        count += 1
-        if count > _MOST_VALUES or depth > _DEEPEST:
-            raise RecipeError(
-                f"{where}: expected at most {_MOST_VALUES:,} values, nested at most {_DEEPEST} deep; aliases (& and *) multiply"
-            )
+        if depth > _DEEPEST:
+            return f"expected values nested at most {_DEEPEST} deep"
         if isinstance(item, dict):
             pending += [(inner, depth + 1) for pair in item.items() for inner in pair]
         elif isinstance(item, list | tuple):
             pending += [(inner, depth + 1) for inner in item]
         elif isinstance(item, str):
             if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", item):
-                raise RecipeError(f"{where}: the character {odd[0]!a} cannot be part of it")
+                return f"the character {odd[0]!a} cannot be part of it"
         elif isinstance(item, float):
             if not abs(item) <= _LARGEST:
-                raise RecipeError(f"{where}: expected a finite number that float32 holds, got {item}")
+                return f"expected a finite number that float32 holds, got {item}"
         elif isinstance(item, int):
             if abs(item) >= 2**63:
-                raise RecipeError(f"{where}: expected a number of at most 64 bits, got one of {item.bit_length()}")
+                return f"expected a number of at most 64 bits, got one of {item.bit_length()}"
         elif item is not None:
-            raise RecipeError(
-                f"{where}: expected text, a number, true, false, null, a list or a mapping, got {shortened(item)}"
-            )
+            return f"expected text, a number, true, false, null, a list or a mapping, got {shortened(item)}"
+    return None

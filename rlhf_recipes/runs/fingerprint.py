@@ -7,7 +7,6 @@ task is: its source is read.
 """
 
 import ast
-import dataclasses
 import hashlib
 import json
 import re
@@ -58,7 +57,7 @@ def fingerprint(recipe: Recipe, name: str) -> dict[str, Any]:
     elif stage.pairs:
         parts["pairs"] = {"path": "load_preferences", "content": _own_pairs(task)}
     completion = recipe.data.max_completion_tokens
-    parts["sampling"] = dataclasses.asdict(recipe.sampling) | {"max_completion_tokens": completion}
+    parts["sampling"] = recipe.sampling.model_dump() | {"max_completion_tokens": completion}
     parts["data"] = {"max_prompt_tokens": recipe.data.max_prompt_tokens, "task": _file_hash(task)}
     return {"hash": _hash({name: _identity(part) for name, part in parts.items()}), "parts": parts}
 

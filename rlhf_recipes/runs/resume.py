@@ -57,7 +57,7 @@ def resumed_recipe(recipe: Recipe, stage: str, overrides: dict[str, Any]) -> tup
         notes.append(f"resuming from {checkpoint}")
     elif STAGES[stage].trains:  # of another one what it has written is its record
         notes.append(f"{run} has no checkpoint yet: starting from its beginning")
-    settings = dataclasses.replace(now.run, resume=str(checkpoint or run), name=run.name, output=recipe.run.output)
+    settings = now.run.model_copy(update={"resume": str(checkpoint or run), "name": run.name, "output": recipe.run.output})
     return dataclasses.replace(now, run=settings), notes
 
 

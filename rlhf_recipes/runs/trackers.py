@@ -112,7 +112,7 @@ def start_wandb(run: Tracked) -> WandbTracker | None:
 
 def _project(own: str) -> str:
     """The recipe's, else that of WANDB_PROJECT, else the default."""
-    return os.environ.get("WANDB_PROJECT") or own if own == RunSection.project else own
+    return os.environ.get("WANDB_PROJECT") or own if own == RunSection.model_fields["project"].default else own
 
 
 def _mode() -> Literal["online", "offline"] | None:
