@@ -230,7 +230,7 @@ BAD = {
     "no goal": ({"metric": {"name": "eval/objective"}}, "`metric.goal` is missing, and wandb would minimize"),
     "unknown metric": ({"metric": {"name": "eval/rewrd", "goal": "maximize"}}, "did you mean `eval/reward`?"),
     "no parameters": ({"parameters": {}}, "`parameters` must be a mapping"),
-    "no section": ({"parameters": {"beta": {"value": 1}}}, "`beta` is no key of a recipe"),
+    "no section": ({"parameters": {"beta": {"value": 1}}}, "`beta` is not a key of a recipe"),
     "no section, nearest": ({"parameters": {"beta": {"value": 1}}}, "did you mean `objective.beta`?"),
     "no section, of the stage": ({"parameters": {"learning_rate": {"value": 1}}}, "did you mean `ppo.learning_rate`?"),
     "unknown name": ({"parameters": {"objective.bta": {"value": 1}}}, "unknown key `objective.bta`; did you mean `beta`?"),
@@ -254,7 +254,7 @@ BAD = {
     "nested": (varied(parameters={"a": {"value": 1}}), "write `objective.beta.KEY` as a parameter"),
     "min alone": (varied(min=1.0, distribution="uniform"), "`max` is missing, which the distribution uniform needs"),
     "misspelt distribution": (varied(min=1.0, max=2.0, distribution="uniforn"), "did you mean `uniform`?"),
-    "key of another": (varied(min=1.0, max=2.0, q=1, distribution="uniform"), "`q` is no key of the distribution uniform"),
+    "key of another": (varied(min=1.0, max=2.0, q=1, distribution="uniform"), "`q` is not a key of the distribution uniform"),
     "min above max": (varied(min=2.0, max=1.0), "min 2.0 is not below max 1.0"),
     "text": (varied(min="1e-4", max=1.0), "`min` must be a number, got '1e-4'; YAML 1.1 wants 1.0e-4"),
     "log of 0": (varied(min=0, max=1.0, distribution="log_uniform_values"), "min of log_uniform_values must be above 0"),
@@ -647,7 +647,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipes_is_refused(write, t
 
 def test_a_study_of_another_sweep_is_refused(write):
     run_sweep(write(), Script())
-    with pytest.raises(RecipeError, match=r"begun with another sweep: seeds was \[0\] and is \[0, 1\]; choose another --study"):
+    with pytest.raises(RecipeError, match=r"with another sweep: seeds was \[0\] and is \[0, 1\]; choose another --study"):
         run_sweep(write(seeds=2), Script())
     with pytest.raises(RecipeError, match=r"`objective.beta` was CategoricalDistribution\(choices=\(0.1, 0.2, 0.3\)\) and is"):
         run_sweep(write(parameters={"objective.beta": {"values": [0.1]}}), Script())
@@ -716,7 +716,7 @@ def test_a_signal_stops_the_trial_and_leaves_a_sweep_that_goes_on(number, tiny, 
     with pytest.raises(SystemExit) as stop:
         main([str(sweep.file), "--output", sweep.output])
     assert stop.value.code == 75
-    assert "sweep: interrupted; the same command goes on" in capsys.readouterr().err
+    assert "sweep: interrupted; the same command resumes the sweep" in capsys.readouterr().err
     study = optuna.load_study(study_name="beta", storage=f"sqlite:///{sweep.folder / 'study.db'}")
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING]
     runner = Script()

@@ -1,4 +1,4 @@
-"""What a stage shows at its end: tables for the terminal and for Markdown."""
+"""The tables that a stage ends with, for the terminal and for Markdown."""
 
 import html
 import re
@@ -34,7 +34,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """A row a policy with its run, mean and 95% interval; then the optimum, and the notes."""
+    """One row for each policy with its run, means and 95% intervals; then the optimum and the notes."""
     policies, runs, bound = evaluation["policies"], evaluation["runs"], evaluation["optimum"]["bound"]
     metrics = list(next(iter(policies.values())))
     judged_by = describe_reward(evaluation["judged_by"]["parts"]["reward"])

@@ -1,4 +1,4 @@
-"""What a report shows: scripts/evaluate.py's measurements and the curves of the runs behind them, read and checked."""
+"""What a report shows, read and checked: scripts/evaluate.py's measurements, and the curves of the runs behind them."""
 
 import json
 import re
@@ -31,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an importance-sampling estimate rests on: whose samples, and how many of them a prompt, effectively."""
+    """What an importance-sampling estimate rests on: whose samples, and how many effective ones a prompt."""
 
     effective_sample_size: float
     proposal: str
@@ -43,7 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Optimum(Estimate):
-    """J* as `yardstick.estimate_optimum` estimates it; of a small sample a bound."""
+    """J* as `yardstick.estimate_optimum` estimates it; a bound where the sample is small."""
 
     objective: float
 
@@ -88,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Policy:
-    """One row of the evaluation, with what its run folder says about its training (nothing, for a foreign model)."""
+    """One row of the evaluation, with what its run folder says about its training; a model from elsewhere has none."""
 
     name: str
     kind: str  # a key of plots.STYLES
@@ -96,7 +96,7 @@ class Policy:
     run: str = ""  # STAGE/RUN
     beta: float | None = None
     seed: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # `section.key` -> value, of the sections that shape the training
+    settings: dict[str, Any] = field(default_factory=dict)  # `section.key` -> value, of the sections that matter to training
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # metric -> (episodes or steps, value)
     watched: list[dict[str, Any]] = field(default_factory=list)  # the held-out evaluations during training, in order
     findings: list[dict[str, str]] = field(default_factory=list)  # what diagnosis.py found in it

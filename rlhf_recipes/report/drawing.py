@@ -1,4 +1,4 @@
-"""Draws plots by matplotlib: as a PNG beside a Markdown page, and as an SVG inside an HTML page.
+"""Plots drawn by matplotlib: a PNG beside a Markdown page, an SVG inside an HTML page.
 
 Names and texts are escaped here, not before.
 """
@@ -52,10 +52,10 @@ def save_png(plots: Sequence[Plot], file: Path) -> None:
 
 
 def svg(plots: Sequence[Plot], name: str, narrow: bool = False) -> str:
-    """The same as an <svg> element, whose texts are texts; a line that is pointed at says its name, a mark its numbers.
+    """The same as an <svg> element whose text is text; a line under the pointer shows its name, a mark its numbers.
 
     Args:
-        name: unique in the page: the ids by which the element refers to its own clip paths and marks are made of it.
+        name: unique in the page; the ids of the clip paths and marks within the element are derived from it.
         narrow: for a phone, one plot in a row.
     """
     import matplotlib
@@ -67,7 +67,7 @@ def svg(plots: Sequence[Plot], name: str, narrow: bool = False) -> str:
     for prefix, namespace in (("", SVG), ("xlink", "http://www.w3.org/1999/xlink")):  # the prefixes that HTML knows
         ElementTree.register_namespace(prefix, namespace)
     root = ElementTree.fromstring(text.getvalue())  # noqa: S314 - matplotlib wrote it
-    groups = {group.attrib.pop("id", ""): group for group in root.iter(f"{{{SVG}}}g")}  # they are not unique in the page
+    groups = {group.attrib.pop("id", ""): group for group in root.iter(f"{{{SVG}}}g")}  # those ids recur in the page
     for at, series in enumerate(series for plot in plots for series in plot.series):
         line = groups[f"series-{at}"]
         marks = line.findall(f".//{{{SVG}}}use")
@@ -159,15 +159,15 @@ def _draw(axes: Any, series: Series, root: bool) -> Any:
 
 def _root(values: Iterable[float]) -> list[float]:
     """Square roots; an estimated KL may be a little below zero."""
-    return [math.sqrt(max(0.0, value)) for value in values]
+    return [math.sqrt(max(value, 0.0)) for value in values]
 
 
 def _short(text: str) -> str:
-    """A name of any length as one that leaves room for the plot."""
+    """A name on one line, cut where it would leave no room for the plot."""
     line = " ".join(_readable(text).split())
     return line if len(line) <= 32 else f"{line[:31]}…"
 
 
 def _readable(text: str) -> str:
-    """Text without the characters that XML has no place for."""
+    """Text without the characters that XML does not allow."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text)

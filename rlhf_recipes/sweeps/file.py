@@ -1,4 +1,4 @@
-"""A sweep's file, in wandb's own format, read and checked for scripts/sweep.py, which runs it without wandb's server.
+"""A sweep file in wandb's own format, read and checked for scripts/sweep.py, which runs it without wandb's server.
 
 Nothing heavy is imported here: a wrong key is answered in about a second.
 """
@@ -51,14 +51,14 @@ class Sweep:
     space: dict[str, BaseDistribution]  # in the file's order, without `run.seed`
     fixed: dict[str, Any]
     seeds: list[int]  # every point is run with each
-    command: list[str]  # its macros but ${args} replaced
+    command: list[str]  # all macros replaced except ${args}
     program: str
     output: str
     project: str | None
     run_cap: int | None  # points
     pruning: Pruning | None
-    recipe: Recipe  # with the first value of each parameter, but for its own beta
-    note: str | None = None  # where the recipe beside the file has taken the place of the command's
+    recipe: Recipe  # with the first value of each parameter, except that beta is its own
+    note: str | None = None  # set where the recipe beside the file replaces the one that the command names
 
     @property
     def folder(self) -> Path:
@@ -68,7 +68,7 @@ class Sweep:
     def beta(self) -> float | None:
         """The beta at which J is compared where the trials' own betas differ: the recipe's.
 
-        A policy's J at its own beta says little beside another's: J* falls with beta, so the smallest would win.
+        Policies' J at betas of their own cannot be compared: J* falls with beta, so the smallest would win.
         """
         return self.recipe.objective.beta if self.metric == "objective" and "objective.beta" in self.space else None
 
@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def title(self) -> str:
-        """What is compared, for a table's head."""
+        """What is compared, as the head of a column."""
         name = HELD_OUT[self.metric].title if self.metric in HELD_OUT else self.metric
         return name if self.beta is None else f"{name} at beta {self.beta:g}"
 
@@ -99,7 +99,7 @@ class Sweep:
         """The command of one run.
 
         Args:
-            options: of the section `run`, behind all others; `output` and the file's `project` are among them anyway.
+            options: of the section `run`, after all others; `output` and the file's `project` are always among them.
         """
         arguments = [f"--{name}={value}" for name, value in (self.fixed | point | {SEED: seed}).items()]
         options = ({"project": self.project} if self.project else {}) | {"output": self.output} | options
@@ -107,10 +107,10 @@ class Sweep:
         return [*words, *(f"--run.{name}={value}" for name, value in options.items())]
 
     def recipe_of(self, point: dict[str, Any], seed: int) -> Recipe:
-        """As the script will resolve it.
+        """The recipe as the script will resolve it.
 
         Raises:
-            RecipeError: it will not.
+            RecipeError: it will refuse it.
         """
         words = self.words(point, seed)
         line = parse_command_line(words[words.index(self.program) + 1 :])
@@ -123,9 +123,9 @@ def load_sweep(
     """Reads a sweep and resolves the recipe of every value in it; writes nothing.
 
     Args:
-        seeds: run each point with as many: the first of the file's `run.seed`, or 0, 1, ...
-        study: a name in place of the file's.
-        trials: the number of points, in place of `run_cap`.
+        seeds: how many to run each point with: the first of the file's `run.seed`, or 0, 1, ...
+        study: a name to use instead of the file's.
+        trials: the number of points, instead of `run_cap`.
 
     Raises:
         RecipeError: naming the file, the key and the nearest valid name.
@@ -223,13 +223,13 @@ def _one_of(key: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def _check_name(name: Any, stage: str) -> None:
-    """A parameter is a key of the recipe that has a say in the stage; whether the recipe has it, the loader knows."""
+    """Checks that a parameter is a key that the stage reads; whether the key exists, the recipe's loader says."""
     if not isinstance(name, str) or "." not in name:
         sections = keys_of_sections()
         keys = {f"{section}.{key}" for section in (*SECTIONS, stage) for key in sections[section]}
         same = sorted((key for key in keys if key.endswith(f".{name}")), key=lambda key: not key.startswith(stage))
         near = f"; did you mean `{same[0]}`?" if same else nearest(str(name), keys)
-        raise RecipeError(f"`parameters`: `{name}` is no key of a recipe, `section.key`{near}")
+        raise RecipeError(f"`parameters`: `{name}` is not a key of a recipe, `section.key`{near}")
     section = name.partition(".")[0]
     if section in TRAINED and section != stage:
         raise RecipeError(f"`parameters.{name}`: scripts/{stage}.py does not read it, so every trial would be the same")
@@ -238,7 +238,7 @@ def _check_name(name: Any, stage: str) -> None:
 
 
 def _command(content: dict[str, Any], program: str) -> list[str]:
-    """The command's words, its macros replaced as wandb's agent does, but for ${args}."""
+    """The command's words, with its macros except ${args} replaced as wandb's agent does."""
     parts = content.get("command", list(_COMMAND))
     if not isinstance(parts, list) or not parts:
         raise RecipeError(f"`command` must be a list of words, got {shortened(parts)}")
@@ -249,7 +249,7 @@ def _command(content: dict[str, Any], program: str) -> list[str]:
             raise RecipeError(f"`command`: our scripts take --section.key=value, which is the macro ${{args}}, not {part}")
         words += values.get(part) or [re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda m: os.environ.get(m[1], m[1]), part)]
     if words.count(program) != 1 or words.count("${args}") != 1 or words.index("${args}") < words.index(program):
-        raise RecipeError("`command` must name ${program} once, and ${args} once behind it")
+        raise RecipeError("`command` must name ${program} once, and ${args} once after it")
     first = next(word for word in words if word != "/usr/bin/env" and "=" not in word)  # env takes NAME=VALUE before it
     if shutil.which(first, path=search_path()) is None:
         raise RecipeError(f"`command`: there is no program {first} on the PATH")
@@ -257,17 +257,17 @@ def _command(content: dict[str, Any], program: str) -> list[str]:
 
 
 def search_path() -> str:
-    """PATH, before it where this Python's own programs are: `accelerate` need not be activated."""
+    """PATH, preceded by this Python's own programs, so that `accelerate` is found without activating its environment."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def another_recipe(file: Path, words: list[str] | None = None) -> tuple[Path, Path] | None:
-    """(the recipe that a sweep's command names, the one beside the sweep's file) where these are two.
+    """(the recipe that a sweep's command names, the one beside the sweep file) where they differ.
 
-    A recipe's folder that is copied takes its sweeps along, and in wandb's format these name a recipe by its path.
+    A copied recipe folder takes its sweeps along, and in wandb's format these name a recipe by its path.
 
     Args:
-        words: what the command has behind the program; by default the file's.
+        words: what the command has after the program; by default the file's.
     """
     beside = next((folder for folder in (file.parent, file.parent.parent) if (folder / "recipe.yaml").is_file()), None)
     if words is None:
@@ -300,7 +300,7 @@ def said_of_another(file: Path, named: Path, beside: Path) -> str:
 
 
 def _folder_of(recipe: Path) -> Path:
-    """Of what is given as --recipe; also where there is nothing."""
+    """The folder of what is given as --recipe, whether or not it exists."""
     try:
         return load_recipe(recipe).folder
     except RecipeError:
@@ -330,7 +330,7 @@ def _metric(content: dict[str, Any], rewards: list[str]) -> tuple[str, bool]:
         raise RecipeError("`metric` must have a `name` and a `goal`, as {name: eval/objective, goal: maximize}")
     for key in metric:
         if key not in ("name", "goal"):
-            raise RecipeError(f"`metric.{key}` is no key that is read here{nearest(str(key), ('name', 'goal'))}; leave it out")
+            raise RecipeError(f"`metric.{key}` is not read here{nearest(str(key), ('name', 'goal'))}; leave it out")
     measured = [name for name, metric in HELD_OUT.items() if not metric.several]
     known = [f"eval/{name}" for name in (*measured, *(f"reward_{name}" for name in rewards if len(rewards) > 1))]
     name = _one_of("metric.name", metric["name"], known)

@@ -22,19 +22,19 @@ class Job:
     environment: dict[str, str]
     program: str
     log: Path
-    lock: int  # a file descriptor that the process keeps open while it lives
+    lock: int  # a file descriptor that the process keeps open while it runs
 
 
-# Runs a job to its end and returns its exit code; asks, while it runs, whether it is to be stopped.
+# Runs a job to its end and returns its exit code; the callable says, while it runs, whether it must stop.
 Runner = Callable[[Job, Callable[[], bool]], int]
 
 
 class FailedError(Exception):
-    """A run of a trial came to nothing; the message is its last words."""
+    """A run of a trial failed; the message is its last words."""
 
 
 class PrunedError(Exception):
-    """A run was stopped since others were better by then."""
+    """A run was stopped because others were better at the same step."""
 
 
 def run_process(job: Job, stop: Callable[[], bool]) -> int:
@@ -79,7 +79,7 @@ def terminate(pid: int, program: str) -> None:
 
 
 def watched_values(folder: Path, sweep: Sweep) -> list[float]:
-    """What a run has been judged by while it trains, an entry a held-out evaluation; the last line may be half written."""
+    """What a run is judged by, one value for each held-out evaluation so far; the last line of the file may be half written."""
     file, values = folder / "metrics.jsonl", []
     if not file.is_file():
         return []

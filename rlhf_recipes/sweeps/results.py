@@ -1,4 +1,4 @@
-"""What a sweep found: one row for each point, ranked; the table, results.json, results.md and the reward-KL frontier."""
+"""What a sweep found, one row for each point, ranked: the table, results.json, results.md and the reward-KL frontier."""
 
 import json
 import shlex
@@ -31,10 +31,10 @@ def interval(values: list[float], level: float = 0.95) -> dict[str, float]:
     """Mean of `values` and Student's t interval around it: mean +- t s / sqrt(n), n - 1 degrees of freedom.
 
     Args:
-        values: one of each seed.
+        values: one for each seed.
 
     Returns:
-        mean, low, high; of a single value its mean alone.
+        mean, low, high; for a single value the mean alone.
     """
     mean = fmean(values)
     if len(values) < 2:
@@ -44,7 +44,7 @@ def interval(values: list[float], level: float = 0.95) -> dict[str, float]:
 
 
 def row_of(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
-    """What is known of a point, as JSON; its `value` is what it is ranked by, None where it was not finished."""
+    """What is known about a point, as JSON; it is ranked by `value`, which is None where it did not finish."""
     runs = trial.user_attrs.get("runs", [])
     done = trial.state == TrialState.COMPLETE
     names = [name for name in runs[0]["policy"] if all(name in run["policy"] for run in runs)] if done else []
@@ -65,7 +65,7 @@ def row_of(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def results_of(sweep: Sweep, trials: list[FrozenTrial]) -> dict[str, Any]:
-    """Everything that results.json holds: the finished points first, the best of them first of all."""
+    """The content of results.json: the finished points, best first, then the others."""
     rows = [row_of(sweep, trial) for trial in trials]
     done = [row for row in rows if row["state"] == FINISHED]
     done.sort(key=lambda row: (-1 if sweep.maximize else 1) * row["value"]["mean"])
@@ -88,7 +88,7 @@ def results_of(sweep: Sweep, trials: list[FrozenTrial]) -> dict[str, Any]:
 
 
 def command_line(sweep: Sweep, point: dict[str, Any]) -> str:
-    """The command that runs a point by itself, to paste."""
+    """The command that runs a point by itself, ready to paste."""
     arguments = [word for name, value in (sweep.fixed | point).items() for word in (f"--{name}", str(value))]
     words = sweep.command[1:] if sweep.command[0] == "/usr/bin/env" else sweep.command
     named = ["python" if word == sys.executable else word for word in words]
@@ -135,22 +135,22 @@ def _table(sweep: Sweep, results: dict[str, Any]) -> tuple[list[str], list[list[
 
 
 def _notes(sweep: Sweep, results: dict[str, Any]) -> list[str]:
-    """What to know about the table, a sentence each."""
+    """What to know about the table, one sentence each."""
     notes = []
     if len(sweep.seeds) > 1:
         seeds = ", ".join(map(str, sweep.seeds))
         notes.append(f"Means over the seeds {seeds}, ± half of Student's 95% interval.")
     if sweep.beta is not None:
         notes.append(
-            f"J is taken at the recipe's beta, {sweep.beta:g}, whatever a policy was trained with: by its own the smallest "
-            f"beta would always be the best."
+            f"J is taken at the recipe's beta, {sweep.beta:g}, whatever beta a policy was trained with: at their own betas, "
+            f"the smallest would always win."
         )
     ended = [row for row in results["trials"] if row["reason"]]
     return notes + [f"Trial {row['trial']} {row['state']}: {row['reason']}" for row in ended]
 
 
 def write_results(sweep: Sweep, results: dict[str, Any]) -> None:
-    """results.json, results.md and, over beta, frontier.png into the sweep's folder; each appears whole."""
+    """results.json, results.md and, over beta, frontier.png into the sweep's folder, each written atomically."""
     plot = "objective.beta" in sweep.space and results["best"] is not None
     if plot:
         _write(sweep.folder / "frontier.png", lambda file: _save_frontier(sweep, results, file))
@@ -170,7 +170,7 @@ def write_results(sweep: Sweep, results: dict[str, Any]) -> None:
 
 
 def _write(file: Path, write: Any) -> None:
-    """Two workers that end at once write the same; half a file is never seen."""
+    """Replaces the file at once: two workers may finish together, and nobody reads half a file."""
     import tempfile
 
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as folder:
@@ -192,7 +192,7 @@ def print_results(sweep: Sweep, results: dict[str, Any]) -> None:
 
 
 def _save_frontier(sweep: Sweep, results: dict[str, Any], file: Path) -> None:
-    """Reward against KL: a point each beta, intervals over seeds; of a grid a line for each setting of its other parameters."""
+    """Reward against KL: one point for each beta with intervals over seeds; in a grid, one line for each other setting."""
     done = [row for row in results["trials"] if row["state"] == FINISHED]
     grid = sweep.method == "grid"
     others = [name for name in sweep.space if name != "objective.beta" and grid]

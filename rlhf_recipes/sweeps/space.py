@@ -8,7 +8,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
 
-# wandb's distributions: those that Optuna has, with the keys each may have, and the nearest of them for each of the others
+# wandb's distributions: those that Optuna has, with the keys each may have, and for each of the others the nearest of them
 DISTRIBUTIONS = {
     "constant": ("value",),
     "categorical": ("values",),
@@ -35,7 +35,7 @@ NEAREST = {
 
 
 def distribution(name: str, spec: Any, grid: bool) -> BaseDistribution | list[Any]:
-    """The values of a constant or of a grid's or a seed's, else Optuna's distribution; a constant is a list of one value."""
+    """A constant as a list of its one value, anything else as Optuna's distribution."""
     where = f"`parameters.{name}`"
     if not isinstance(spec, dict):
         raise RecipeError(f"{where}: expected `value`, `values`, or `min` and `max`, got {shortened(spec)}")
@@ -51,7 +51,7 @@ def distribution(name: str, spec: Any, grid: bool) -> BaseDistribution | list[An
     keys = DISTRIBUTIONS[kind]
     for key in spec:
         if key != "distribution" and key not in keys:
-            raise RecipeError(f"{where}: `{key}` is no key of the distribution {kind}{nearest(str(key), keys)}")
+            raise RecipeError(f"{where}: `{key}` is not a key of the distribution {kind}{nearest(str(key), keys)}")
     for key in keys:
         if key not in spec and key != "q":
             raise RecipeError(f"{where}: `{key}` is missing, which the distribution {kind} needs")
@@ -86,7 +86,7 @@ def choices(values: Any, where: str) -> list[Any]:
 
 
 def passable(value: Any, where: str) -> Any:
-    """As it reaches the script, by wandb's agent as by scripts/sweep.py: as Python writes it."""
+    """A value as wandb's agent and scripts/sweep.py pass it to the script: as Python writes it."""
     if value is None:
         raise RecipeError(f"{where}: wandb passes null as the text `None`; write it in quotes, as 'null'")
     return value if isinstance(value, str | bool | int | float) else str(value)

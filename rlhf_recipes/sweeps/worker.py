@@ -1,8 +1,8 @@
-"""A sweep without wandb's server: an Optuna study in SQLite, a subprocess a run, any number of workers.
+"""A sweep without wandb's server: an Optuna study in SQLite, one subprocess for each run, any number of workers.
 
-A worker that dies leaves its trial RUNNING in the study and lets go of the trial's lock, so another worker, or the same
-command started again, finds it and goes on with its run by --resume. The trial's own process holds the lock too: one that
-outlived its worker is waited for.
+A worker that dies leaves its trial RUNNING in the study and releases the trial's lock, so another worker, or the same command
+started again, finds it and resumes its run with --resume. The trial's own process holds the lock too: a process that outlived
+its worker is waited for.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ from rlhf_recipes.sweeps.results import describe, print_results, results_of, row
 
 
 class Worker:
-    """Runs the points of a sweep that nobody runs, one after another, until all are run."""
+    """Runs the points of a sweep that no other worker runs, one after another, until none is left."""
 
     def __init__(self, sweep: Sweep, runner: Runner = run_process) -> None:
         self.sweep = sweep
@@ -50,7 +50,7 @@ class Worker:
         """Returns what results.json holds.
 
         Raises:
-            Interrupted: by a signal; the study can go on.
+            Interrupted: by a signal; the study can be resumed.
         """
         waiting = False
         total = len(self._points()) if self.sweep.method == "grid" else self.sweep.run_cap
@@ -58,7 +58,7 @@ class Worker:
             while True:
                 bar.update(self._ended() - bar.n)
                 if interrupts.requested():
-                    raise interrupts.Interrupted("interrupted; the same command goes on with the sweep")
+                    raise interrupts.Interrupted("interrupted; the same command resumes the sweep")
                 taken = self._take()
                 if taken is not None:
                     trial, lock = taken
@@ -69,7 +69,7 @@ class Worker:
                     self._say(describe(self.sweep, row_of(self.sweep, self._frozen(trial))))
                 elif busy := [t.number for t in self._trials(TrialState.RUNNING)]:
                     if not waiting:
-                        self._say(f"waiting for trial {', '.join(map(str, busy))}, which other processes are at work on")
+                        self._say(f"waiting for trial {', '.join(map(str, busy))}, which other processes are running")
                     waiting = True
                     time.sleep(POLL)
                 else:
@@ -82,10 +82,10 @@ class Worker:
     # --- the study -----------------------------------------------------------------------------------------------
 
     def _open(self) -> optuna.Study:
-        """Makes the study, or finds it.
+        """Creates the study, or opens it.
 
         Raises:
-            RecipeError: it is of another sweep.
+            RecipeError: it belongs to another sweep.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sweep, file = self.sweep, self.sweep.folder / "study.db"
@@ -108,12 +108,12 @@ class Worker:
         before = study.user_attrs.get("sweep", identity)
         if changed := [key for key in before | identity if before.get(key) != identity.get(key)]:
             listed = ", ".join(f"{key} was {before.get(key)} and is {identity.get(key)}" for key in changed)
-            raise RecipeError(f"{file}: the study was begun with another sweep: {listed}; choose another --study")
+            raise RecipeError(f"{file}: the study was started with another sweep: {listed}; choose another --study")
         study.set_user_attr("sweep", identity)
         return study
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on, as JSON gives it back."""
+        """What must not change when a study is resumed, as JSON returns it."""
         sweep = self.sweep
         read = {name: value for name, value in sweep.recipe.to_dict().items() if name not in {"run", *TRAINED} - {sweep.stage}}
         identity = {
@@ -136,8 +136,8 @@ class Worker:
     def _take(self) -> tuple[Trial, int] | None:
         """A trial to run and its lock, held: one whose worker died, else the next one; None where there is neither.
 
-        A grid's points stand in the study from its beginning, in order. Optuna's GridSampler would hand out a running point
-        again once all have begun, and cannot be asked and told.
+        A grid's points are in the study from the start, in order. Optuna's GridSampler would hand out a running point again
+        once all have started, and does not work with ask and tell.
         """
         with self._alone():
             for frozen in self._trials(TrialState.RUNNING):
@@ -147,14 +147,14 @@ class Worker:
                 if self.study.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING:  # it ended meanwhile
                     os.close(lock)
                     continue
-                self._say(f"trial {frozen.number}: going on with what an interruption left of it")
+                self._say(f"trial {frozen.number}: resuming its interrupted run")
                 return self._suggest(Trial(self.study, frozen._trial_id)), lock
             if self.sweep.method == "grid":
                 self._queue_grid()
             while self._trials(TrialState.WAITING) or not self._all_drawn():
                 trial = self.study.ask()
                 lock = self._lock(trial.number)
-                if lock is not None:  # else a process of a study that was here before is still at work on its number
+                if lock is not None:  # else a process of an earlier study still runs under its number
                     return self._suggest(trial), lock
             return None
 
@@ -163,14 +163,14 @@ class Worker:
         return self.sweep.method == "grid" or counted >= (self.sweep.run_cap or 0)
 
     def _queue_grid(self) -> None:
-        """Puts the points into the study that are not in it: all at first, the rest where that was cut short."""
+        """Adds the points that are missing from the study: all of them at first, the rest where that was interrupted."""
         there = {_key(t.system_attrs.get("fixed_params", t.params)) for t in self._trials()}
         for point in self._points():
             if _key(point) not in there:
                 self.study.enqueue_trial(point)
 
     def _suggest(self, trial: Trial) -> Trial:
-        """Draws the trial's point, by a generator seeded with its number: a study that goes on draws as if undisturbed."""
+        """Draws the trial's point with a generator seeded by its number: a resumed study draws as an uninterrupted one."""
         self.study.sampler = sampler_of(self.sweep.method, trial.number)
         for name, distribution in self.sweep.space.items():
             _suggest(trial, name, distribution)
@@ -179,7 +179,7 @@ class Worker:
     # --- one trial -----------------------------------------------------------------------------------------------
 
     def _run_trial(self, trial: Trial, lock: int) -> None:
-        """Runs a point with every seed and tells the study how it went.
+        """Runs a point with every seed and tells the study the outcome.
 
         Raises:
             Interrupted: the trial is left RUNNING.
@@ -220,7 +220,7 @@ class Worker:
                 if watch.pruned:
                     raise PrunedError
                 if interrupts.requested():
-                    raise interrupts.Interrupted("interrupted; the same command goes on with the sweep")
+                    raise interrupts.Interrupted("interrupted; the same command resumes the sweep")
                 reason = last_words(log, start, code)
                 if resumed:
                     self._queue_again(trial, reason)
@@ -236,21 +236,21 @@ class Worker:
         return {"seed": seed, "run": str(folder), "value": value, **kept}
 
     def _check_same(self, folder: Path, now: Recipe) -> None:
-        """A run folder of this name is of this very point, or nothing goes on."""
+        """Checks that the run folder of this name belongs to this very point."""
         if not (folder / RESOLVED).is_file() or _essence(load_recipe(folder / RESOLVED)) != _essence(now):
             raise RecipeError(f"{folder}: it is a run of another recipe than this trial's; choose another --study")
 
     def _queue_again(self, trial: Trial, reason: str) -> None:
-        """The point of a run that could not go on is run anew, as another trial."""
+        """Queues the point of a run that could not be resumed as another trial."""
         if "of" in trial.user_attrs:  # once is enough
             return
         with self._alone():
             if not any(t.user_attrs.get("of") == trial.number for t in self._trials()):
                 self.study.enqueue_trial(trial.params, user_attrs={"of": trial.number})
             trial.set_user_attr("again", True)
-        self._say(f"trial {trial.number}: cannot go on, so its point is queued again: {reason}")
+        self._say(f"trial {trial.number}: its run cannot be resumed, so its point is queued again: {reason}")
 
-    # --- beside it -----------------------------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------------------------
 
     def _ended(self) -> int:
         return sum(t.state.is_finished() and "again" not in t.user_attrs for t in self._trials())
@@ -280,11 +280,11 @@ class Worker:
 
 
 class _Watch:
-    """Looks at a run while it trains: tells the study its held-out metric, and says when it is to be stopped."""
+    """Follows a run while it trains: reports its held-out metric to the study, and says when it must stop."""
 
     def __init__(self, worker: Worker, trial: Trial, folder: Path, first: bool) -> None:
         self.worker, self.trial, self.folder = worker, trial, folder
-        self.judged = first and worker.sweep.pruning is not None  # a point's first seed decides for all
+        self.judged = first and worker.sweep.pruning is not None  # a point's first seed decides for all of them
         self.reported = set(worker._frozen(trial).intermediate_values)
         self.pruned = False
 
@@ -300,15 +300,15 @@ class _Watch:
         return self.pruned
 
     def _last_step(self) -> float:
-        """Of a whole run, as far as known: stopping one there saves nothing. wandb's bands end below `max_iter` too."""
+        """The last step of a run, as far as known; stopping there saves nothing. wandb's bands end below `max_iter` too."""
         most = self.worker.sweep.pruning.max_resource if self.worker.sweep.pruning else "auto"
         ended = [trial.last_step for trial in self.worker._trials(TrialState.COMPLETE) if trial.last_step is not None]
         return min(max(ended, default=math.inf), most if isinstance(most, int) else math.inf)
 
 
 def sampler_of(method: str, number: int) -> optuna.samplers.BaseSampler:
-    """Draws the point of a trial; for a grid, whose points stand in the study, it is never asked."""
-    seed = int(numpy.random.SeedSequence(number).generate_state(1)[0])  # neighbours' first draws have nothing in common
+    """Draws the point of a trial; never asked for a grid, whose points are already in the study."""
+    seed = int(numpy.random.SeedSequence(number).generate_state(1)[0])  # so that neighbours' first draws are independent
     return optuna.samplers.TPESampler(seed=seed) if method == "bayes" else optuna.samplers.RandomSampler(seed=seed)
 
 
@@ -327,12 +327,12 @@ def _key(point: dict[str, Any]) -> str:
 
 
 def _essence(recipe: Recipe) -> dict[str, Any]:
-    """What makes a run what it is: the recipe, of the section `run` the seed alone."""
+    """What identifies a run: the recipe, with only the seed of its section `run`."""
     return recipe.to_dict() | {"run": recipe.run.seed}
 
 
 def run_sweep(sweep: Sweep, runner: Runner = run_process) -> dict[str, Any]:
-    """Runs a sweep, goes on with it, or helps another worker with it; prints the table, returns what results.json holds."""
+    """Starts a sweep, resumes it, or joins its other workers; prints the table and returns the content of results.json."""
     with interrupts.handled(), interrupts.training():  # a signal is passed on to the trial, and ends the sweep after it
         results = Worker(sweep, runner).run()
     print_results(sweep, results)
