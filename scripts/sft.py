@@ -76,7 +76,7 @@ def main(recipe: Recipe) -> dict:
         raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
     refuse_unread(trainer, recipe, "sft")
     trainer.refuse_no_batch("sft", len(trainer.train_dataset))
-    examine_sft(trainer, tokenizer, sampler, recipe)
+    examine_sft(trainer, tokenizer, sampler, recipe.model)
     if not args.packing:
         filled = len(train) - len(trainer.train_dataset)
         say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")
