@@ -68,7 +68,7 @@ def largest_gap(place: Path) -> float:
     tokenizer = load_tokenizer(recipe.model, recipe.folder)
     prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24, limit=10)
     roles = build_roles(recipe, tokenizer, value="adapter")
-    return max(gaps.max().item() for gaps in path_gaps(roles, prompts, recipe).values())
+    return max(gaps.max().item() for gaps in path_gaps(roles, prompts, recipe.lora, recipe.run.seed).values())
 
 
 def run_stages(place: Path) -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_a_field_that_is_taken_works_in_every_role(field, tiny, tmp_path):
     if field not in ("alpha", "dropout"):  # the second only while sft and rewards train
         plain = LoraConfig()
         assert getattr(config, field) != getattr(plain, field)
-    gaps = path_gaps(roles, prompts, recipe)
+    gaps = path_gaps(roles, prompts, recipe.lora, recipe.run.seed)
     assert max(gap.max().item() for gap in gaps.values()) < 1e-5
     ids = torch.tensor([prompts[0]["input_ids"]])
     assert torch.equal(roles.policy(input_ids=ids).logits, roles.backbone(input_ids=ids).logits)  # it starts as the reference

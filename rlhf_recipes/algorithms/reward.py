@@ -70,7 +70,7 @@ def train_reward(recipe: Recipe) -> dict[str, Any]:
         trainer = RewardTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.try_optimizer()
     trainer.refuse_no_batch("reward_training", len(trainer.train_dataset))
-    examine_reward(trainer, tokenizer, recipe)
+    examine_reward(trainer, tokenizer, recipe.model)
     warn(memory_warning(recipe, "reward", max(train["length"])))
     if args.max_length is not None:
         long = sum(length > args.max_length for length in train["length"])

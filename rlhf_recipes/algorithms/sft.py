@@ -140,7 +140,7 @@ def train_sft(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("`sft.max_length`: every prompt of load_demonstrations fills it, and no row is left; raise it")
     refuse_unread(trainer, "sft", section, recipe.model.path)
     trainer.refuse_no_batch("sft", len(trainer.train_dataset))
-    examine_sft(trainer, tokenizer, sampler, recipe)
+    examine_sft(trainer, tokenizer, sampler, recipe.model)
     if not args.packing:
         filled = len(train) - len(trainer.train_dataset)
         say_left_out(filled, len(train), "rows of load_demonstrations", "have a prompt that fills sft.max_length, left out")

@@ -24,7 +24,7 @@ from rlhf_recipes.evaluation.judging import complete
 from rlhf_recipes.models.adapters import with_new_adapter
 from rlhf_recipes.models.backbone import shared_copy, tokens_without_row
 from rlhf_recipes.recipe.errors import RecipeError
-from rlhf_recipes.recipe.sections import Recipe
+from rlhf_recipes.recipe.sections import LoraSection, ModelSection, Recipe
 from rlhf_recipes.rewards.adapter import AdapterReward
 from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import response_forward
@@ -47,9 +47,9 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
         RecipeError: what is wrong, and what to change.
     """
     prompts = prompts.select(range(min(PROMPTS, len(prompts))))
-    check_tokens(roles.tokenizer, roles.backbone, recipe)
+    check_tokens(roles.tokenizer, roles.backbone, recipe.model)
     longest = recipe.data.max_prompt_tokens + recipe.data.max_completion_tokens
-    _check_positions(roles.backbone, longest, "`data.max_prompt_tokens` + `data.max_completion_tokens`", recipe)
+    _check_positions(roles.backbone, longest, "`data.max_prompt_tokens` + `data.max_completion_tokens`", recipe.model)
     if is_chat(prompts[0]["prompt"]):  # raises where stages would see other tokens
         ends = list(roles.sampler.ends.tokens)
         encode_pair(roles.tokenizer, prompts[0]["prompt"], "An answer.", ends, template_of(prompts[0]))
@@ -74,10 +74,14 @@ def examine(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
             f"there is nothing to learn; look at `reward`",
             file=sys.stderr,
         )
-    _compare_paths(roles, prompts, recipe)
+    allowed = ROUNDING[roles.backbone.dtype]
+    for what, gaps in path_gaps(roles, prompts, recipe.lora, recipe.run.seed).items():
+        gap = gaps.mean().item()
+        if not gap <= allowed:
+            raise _apart(what, gap, allowed, roles.backbone, recipe.model)
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, recipe: Recipe) -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, section: ModelSection) -> None:
     """The tokenizer and the backbone speak of the same tokens.
 
     Raises:
@@ -86,28 +90,28 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, backbone: Any, recipe: Reci
     config = backbone.config
     said = getattr(config, "eos_token_id", None) or config.get_text_config().eos_token_id
     ends = said if isinstance(said, list) else [said]
-    if ends != [None] and tokenizer.eos_token_id not in ends and recipe.model.eos_token is None:
+    if ends != [None] and tokenizer.eos_token_id not in ends and section.eos_token is None:
         raise RecipeError(
-            f"`model.path` {recipe.model.path}: its config ends a text with token {ends[0]} "
+            f"`model.path` {section.path}: its config ends a text with token {ends[0]} "
             f"({tokenizer.convert_ids_to_tokens(ends[0])!r}), its tokenizer with {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r}); name the one that is right with `model.eos_token`"
         )
     if missing := tokens_without_row(tokenizer, backbone):
         rows = backbone.get_input_embeddings().num_embeddings
         raise RecipeError(
-            f"`model.path` {recipe.model.path}: its tokenizer has {len(tokenizer)} tokens, such as {missing[0]!r}, and its "
+            f"`model.path` {section.path}: its tokenizer has {len(tokenizer)} tokens, such as {missing[0]!r}, and its "
             f"embedding {rows}; resize the embedding, or use the tokenizer it was trained with"
         )
 
 
-def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, recipe: Recipe) -> None:
+def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, section: ModelSection) -> None:
     config = backbone.config.get_text_config()
     room = next(
         (r for key in ("max_position_embeddings", "max_seq_len") if isinstance(r := getattr(config, key, None), int)), math.inf
     )
     if tokens > room:
         raise RecipeError(
-            f"{what}: {tokens} tokens, and {recipe.model.path} reads {room}; lower the lengths (of sft and reward_training: "
+            f"{what}: {tokens} tokens, and {section.path} reads {room}; lower the lengths (of sft and reward_training: "
             f"`max_length`), or leave out what is longer"
         )
 
@@ -116,7 +120,7 @@ def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, recipe
 
 
 @torch.no_grad()
-def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, recipe: Recipe) -> None:
+def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, section: ModelSection) -> None:
     """What SFT makes must be a backbone that the policy stages can sample from, and its loss must be the model's own.
 
     Args:
@@ -127,8 +131,8 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampl
     """
     model, args = trainer.model, trainer.args
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_tokens(tokenizer, base, recipe)
-    _check_rows([trainer.train_dataset, trainer.eval_dataset], base, "sft", args.max_length, recipe)
+    check_tokens(tokenizer, base, section)
+    _check_rows([trainer.train_dataset, trainer.eval_dataset], base, "sft", args.max_length, section)
     if is_sharded(trainer):
         return
     rows = trainer.train_dataset.select(range(min(PROMPTS, len(trainer.train_dataset))))
@@ -136,7 +140,7 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampl
     model.eval()
     gap = _sampling_gap(model, [row[:8] for row in rows["input_ids"]], tokenizer, sampler, 4)
     if not gap <= allowed:
-        raise _apart("log-probabilities as they are sampled", gap, allowed, base, recipe)
+        raise _apart("log-probabilities as they are sampled", gap, allowed, base, section)
     if args.loss_type in ("nll", "chunked_nll") and not args.padding_free and not args.packing:
         batch = {name: tensor.to(model.device) for name, tensor in trainer.data_collator(rows.to_list()[:2]).items()}
         labels = batch.pop("labels")
@@ -154,7 +158,7 @@ def examine_sft(trainer: Any, tokenizer: PreTrainedTokenizerBase, sampler: Sampl
 
 
 @torch.no_grad()
-def examine_reward(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def examine_reward(trainer: Any, tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> None:
     """The scores that training compares must be those that the policy stages will read, of one text and of a batch.
 
     Args:
@@ -165,9 +169,9 @@ def examine_reward(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     """
     model = trainer.model
     base = model.get_base_model()
-    check_tokens(tokenizer, base, recipe)
+    check_tokens(tokenizer, base, section)
     datasets = [trainer.train_dataset] + ([] if trainer.eval_dataset is None else [trainer.eval_dataset])
-    _check_rows(datasets, base, "reward_training", trainer.args.max_length, recipe)
+    _check_rows(datasets, base, "reward_training", trainer.args.max_length, section)
     if is_sharded(trainer):
         return
     rows = trainer.train_dataset.select(range(min(PROMPTS // 2, len(trainer.train_dataset)))).to_list()
@@ -180,45 +184,33 @@ def examine_reward(trainer: Any, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     model.train(training)
     gap, allowed = ((together - alone).abs() / (1 + alone.abs())).mean().item(), ROUNDING[base.dtype]
     if not gap <= allowed:
-        raise _apart("scores in a batch", gap, allowed, base, recipe)
+        raise _apart("scores in a batch", gap, allowed, base, section)
 
 
-def _check_rows(datasets: list[Dataset], backbone: Any, section: str, longest: int | None, recipe: Recipe) -> None:
+def _check_rows(datasets: list[Dataset], backbone: Any, stage: str, longest: int | None, section: ModelSection) -> None:
     """No row is longer than what the backbone reads: training would find out at that row.
 
     Args:
         datasets: tokenised.
-        longest: the section's `max_length`.
+        stage, longest: the stage's section and its `max_length`.
     """
     for dataset in datasets:
         columns = [name for name in dataset.column_names if name in ("input_ids", "chosen_ids", "rejected_ids")]
         for number, row in enumerate(dataset.select_columns(columns)):
             tokens = min(max(map(len, row.values())), longest or math.inf)
-            _check_positions(backbone, tokens, f"row {number} of the data of `{section}`", recipe)
+            _check_positions(backbone, tokens, f"row {number} of the data of `{stage}`", section)
 
 
-def _apart(what: str, gap: float, allowed: float, backbone: Any, recipe: Recipe) -> RecipeError:
+def _apart(what: str, gap: float, allowed: float, backbone: Any, section: ModelSection) -> RecipeError:
     return RecipeError(
-        f"`model.path` {recipe.model.path}: {what} are {gap:.3g} apart from what plain transformers and PEFT give for one row "
-        f"without padding, and rounding to `model.dtype` {recipe.model.dtype} explains {allowed:g}: "
+        f"`model.path` {section.path}: {what} are {gap:.3g} apart from what plain transformers and PEFT give for one row "
+        f"without padding, and rounding to `model.dtype` {section.dtype} explains {allowed:g}: "
         f"{type(backbone).__name__} or `lora` does what the policy stages do not follow; use another"
     )
 
 
-def _compare_paths(roles: Roles, prompts: Dataset, recipe: Recipe) -> None:
-    """
-    Raises:
-        RecipeError: two paths to one number are further apart than rounding explains.
-    """
-    allowed = ROUNDING[roles.backbone.dtype]
-    for what, gaps in path_gaps(roles, prompts, recipe).items():
-        gap = gaps.mean().item()
-        if not gap <= allowed:
-            raise _apart(what, gap, allowed, roles.backbone, recipe)
-
-
 @torch.no_grad()
-def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tensor]:
+def path_gaps(roles: Roles, prompts: Dataset, lora: LoraSection, seed: int) -> dict[str, Tensor]:
     """How far numbers are from those of plain transformers and PEFT for one row without padding, the policy moved on purpose.
 
     Returns:
@@ -229,8 +221,8 @@ def path_gaps(roles: Roles, prompts: Dataset, recipe: Recipe) -> dict[str, Tenso
     queries, attention = (t.to(policy.device) for t in pad_left(prompts["input_ids"][:], roles.tokenizer.pad_token_id))
     context = queries.shape[1]
     with torch.random.fork_rng(), moved(policy):
-        torch.manual_seed(recipe.run.seed)
-        plain = with_new_adapter(shared_copy(roles.backbone), recipe.lora, "CAUSAL_LM").eval()
+        torch.manual_seed(seed)
+        plain = with_new_adapter(shared_copy(roles.backbone), lora, "CAUSAL_LM").eval()
         set_peft_model_state_dict(plain, get_peft_model_state_dict(policy, save_embedding_layers=False))
         sampled = roles.sampler(policy, queries, attention, TOKENS)
         rows, mask = (sampled.sequences, sampled.attention), sampled.attention[:, context:]

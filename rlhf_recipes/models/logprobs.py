@@ -61,7 +61,7 @@ class Head:
 def token_statistics(
     hidden: Tensor, targets: Tensor, head: Head, temperature: float, reference_hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What softmax(head(hidden) / temperature) says of `targets`.
+    """The statistics of `targets` under softmax(head(hidden) / temperature).
 
     Args:
         hidden: last hidden states, [batch, tokens, hidden].

@@ -12,7 +12,7 @@ from rlhf_recipes.models.reference import Policy, Reference
 
 
 def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Head]:
-    """The transformer below the logits, adapters included, and what makes logits of its last hidden state."""
+    """The transformer below the logits, adapters included, and the head that turns its last hidden state into logits."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config, embedding = model.config.get_text_config(), model.get_output_embeddings()
     if config.model_type == "modernbert-decoder":  # the one causal model with layers of its own between trunk and embedding
@@ -22,7 +22,7 @@ def trunk_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Head]:
 
 @dataclass
 class ResponseOutput:
-    """What one forward pass says of the response's tokens.
+    """The response's tokens in one forward pass.
 
     logprobs: log pi(y_t | x, y_<t) at the sampling temperature, [batch, response]
     entropy: of pi(. | x, y_<t), [batch, response]; without gradient

@@ -1,4 +1,4 @@
-"""Sampling completions and reading their log-probabilities: one way for training and evaluation alike.
+"""Sampling in this process: one way for training and evaluation alike.
 
 Rows of prompt + completion are padded on both sides. A mask says which positions are tokens, never a token's id: a
 text may hold the pad token, and a model may draw it.
