@@ -87,10 +87,21 @@ _TRAINING_ARGUMENTS = (
     Source("transformers", "training_args.py", "TrainingArguments"),
     Source("trl", "trainer/base_config.py", "_BaseConfig"),
 )
+_SFT_CONFIG = (
+    *_TRAINING_ARGUMENTS,
+    Source("trl", "trainer/sft_config.py", "SFTConfig"),
+    Source("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
+)
+_REWARD_CONFIG = (*_TRAINING_ARGUMENTS, Source("trl", "trainer/reward_config.py", "RewardConfig"))
 _PPO_CONFIG = (
     *_TRAINING_ARGUMENTS,
     Source("trl", "experimental/ppo/ppo_config.py", "PPOConfig"),
     Source("rlhf_recipes", "algorithms/trainer.py", "PPOConfig"),
+)
+_DPO_CONFIG = (
+    *_TRAINING_ARGUMENTS,
+    Source("trl", "trainer/dpo_config.py", "DPOConfig"),
+    Source("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
 )
 _PROMPTS = (("load_prompts", "eval"), ("load_prompts", "train"))
 _ONLINE_SHOWN = {"objective/scores": "reward", "objective/kl": "KL"}
@@ -104,89 +115,37 @@ _ONLINE_CURVES = {
 # Colours of Okabe and Ito, told apart under every common colour blindness; the marker says the same again.
 _ROWS = (
     Stage(
-        name="sft",
-        section="sft",
-        config=(
-            *_TRAINING_ARGUMENTS,
-            Source("trl", "trainer/sft_config.py", "SFTConfig"),
-            Source("rlhf_recipes", "algorithms/trl_config.py", "SFTConfig"),
-        ),
-        refused=REFUSED["sft"],
+        name="sft", section="sft", config=_SFT_CONFIG, refused=REFUSED["sft"],
         data=(("load_demonstrations", "eval"), ("load_demonstrations", "train")),
-        writes_model=True,
-        resumable=True,
-        shardable=True,
-        held_out_loss=True,
+        writes_model=True, resumable=True, shardable=True, held_out_loss=True,
         shown={"loss": "loss", "eval_loss": "held-out loss"},
     ),
     Stage(
-        name="reward",
-        section="reward_training",  # `reward` is the model itself
-        config=(*_TRAINING_ARGUMENTS, Source("trl", "trainer/reward_config.py", "RewardConfig")),
-        refused=REFUSED["reward_training"],
+        name="reward", section="reward_training",  # `reward` is the model itself
+        config=_REWARD_CONFIG, refused=REFUSED["reward_training"],
         data=(("load_preferences", "eval"), ("load_preferences", "train")),
-        pairs=True,
-        resumable=True,
-        shardable=True,
-        logits="none",
+        pairs=True, resumable=True, shardable=True, logits="none",
         shown={"loss": "loss", "accuracy": "accuracy", "eval_accuracy": "held-out accuracy"},
     ),
     Stage(
-        name="preferences",
-        section="preferences",
-        data=(("load_prompts", "train"),),
-        samples="preferences",
-        resumable=True,
+        name="preferences", section="preferences", data=(("load_prompts", "train"),), samples="preferences", resumable=True,
     ),
     Stage(
-        name="ppo",
-        section="ppo",
-        config=_PPO_CONFIG,
-        refused=REFUSED["ppo"],
-        data=_PROMPTS,
-        online=True,
-        samples="ppo",
-        judged=True,
-        resumable=True,
-        shown=_ONLINE_SHOWN,
-        curves=_ONLINE_CURVES,
-        style=Style("PPO", "#0072B2", "circle", "top left"),
+        name="ppo", section="ppo", config=_PPO_CONFIG, refused=REFUSED["ppo"], data=_PROMPTS,
+        online=True, samples="ppo", judged=True, resumable=True,
+        shown=_ONLINE_SHOWN, curves=_ONLINE_CURVES, style=Style("PPO", "#0072B2", "circle", "top left"),
     ),
     Stage(
-        name="a2c",
-        section="a2c",
-        config=_PPO_CONFIG,
-        refused=REFUSED["a2c"],
+        name="a2c", section="a2c", config=_PPO_CONFIG, refused=REFUSED["a2c"], data=_PROMPTS,
         defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # what makes it A2C
-        data=_PROMPTS,
-        online=True,
-        samples="a2c",
-        judged=True,
-        resumable=True,
-        shown=_ONLINE_SHOWN,
-        curves=_ONLINE_CURVES,
-        style=Style("A2C", "#E69F00", "square", "bottom right"),
+        online=True, samples="a2c", judged=True, resumable=True,
+        shown=_ONLINE_SHOWN, curves=_ONLINE_CURVES, style=Style("A2C", "#E69F00", "square", "bottom right"),
     ),
     Stage(
-        name="dpo",
-        section="dpo",
-        config=(
-            *_TRAINING_ARGUMENTS,
-            Source("trl", "trainer/dpo_config.py", "DPOConfig"),
-            Source("rlhf_recipes", "algorithms/trl_config.py", "DPOConfig"),
-        ),
-        refused=REFUSED["dpo"],
-        defaults={
-            "max_length": None,  # pairs keep to `data`'s lengths; TRL would cut them silently
-            "precompute_ref_log_probs": True,
-        },
+        name="dpo", section="dpo", config=_DPO_CONFIG, refused=REFUSED["dpo"],
         data=(*_PROMPTS, ("load_preferences", "train")),
-        pairs=True,
-        samples="preferences",
-        judged=True,
-        resumable=True,
-        shardable=True,
-        logits="batch",
+        defaults={"max_length": None, "precompute_ref_log_probs": True},  # pairs keep to `data`'s lengths; TRL would cut them
+        pairs=True, samples="preferences", judged=True, resumable=True, shardable=True, logits="batch",
         shown={"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
         curves={
             "loss": "DPO loss",
@@ -198,7 +157,7 @@ _ROWS = (
     Stage(name="evaluate", section="evaluate", data=(("load_prompts", "eval"),), samples="evaluate", judges=True),
     Stage(name="merge", section="merge", data=(("load_prompts", "eval"),), merges=True, writes_model=True),
     Stage(name="report", section="report", loads_weights=False),
-)
+)  # fmt: skip
 STAGES = {stage.name: stage for stage in _ROWS}
 TRAINED = {stage.section: stage for stage in _ROWS if stage.trains}  # by section, in a recipe's order
 JUDGED = {stage.name: stage for stage in _ROWS if stage.judged}
