@@ -86,8 +86,19 @@ _TRAINING_ARGUMENTS = (
     Source("transformers", "training_args.py", "TrainingArguments"),
     Source("trl", "trainer/base_config.py", "_BaseConfig"),
 )
+_SFT_CONFIG = (
+    *_TRAINING_ARGUMENTS,
+    Source("trl", "trainer/sft_config.py", "SFTConfig"),
+    Source("rlhf_recipes", "algorithms/sft.py", "SFTConfig"),
+)
+_REWARD_CONFIG = (*_TRAINING_ARGUMENTS, Source("trl", "trainer/reward_config.py", "RewardConfig"))
 _A2C_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "A2CSettings")
 _PPO_SETTINGS = Source("rlhf_recipes", "recipe/online_settings.py", "PPOSettings")
+_DPO_CONFIG = (
+    *_TRAINING_ARGUMENTS,
+    Source("trl", "trainer/dpo_config.py", "DPOConfig"),
+    Source("rlhf_recipes", "algorithms/dpo.py", "DPOConfig"),
+)
 _PROMPTS = (("load_prompts", "eval"), ("load_prompts", "train"))
 _ONLINE_SHOWN = ("objective/scores", "objective/kl")
 _ONLINE_CURVES = ("objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy_avg")
@@ -95,89 +106,37 @@ _ONLINE_CURVES = ("objective/scores", "objective/kl", "objective/rlhf_reward", "
 # Colours of Okabe and Ito, told apart under every common colour blindness; the marker says the same again.
 _ROWS = (
     Stage(
-        name="sft",
-        section="sft",
-        config=(
-            *_TRAINING_ARGUMENTS,
-            Source("trl", "trainer/sft_config.py", "SFTConfig"),
-            Source("rlhf_recipes", "algorithms/sft.py", "SFTConfig"),
-        ),
-        refused=REFUSED["sft"],
+        name="sft", section="sft", config=_SFT_CONFIG, refused=REFUSED["sft"],
         data=(("load_demonstrations", "eval"), ("load_demonstrations", "train")),
-        writes_model=True,
-        resumable=True,
-        shardable=True,
-        held_out_loss=True,
+        writes_model=True, resumable=True, shardable=True, held_out_loss=True,
         shown=("loss", "eval_loss"),
     ),
     Stage(
-        name="reward",
-        section="reward_training",  # `reward` is the model itself
-        config=(*_TRAINING_ARGUMENTS, Source("trl", "trainer/reward_config.py", "RewardConfig")),
-        refused=REFUSED["reward_training"],
+        name="reward", section="reward_training",  # `reward` is the model itself
+        config=_REWARD_CONFIG, refused=REFUSED["reward_training"],
         data=(("load_preferences", "eval"), ("load_preferences", "train")),
-        pairs=True,
-        resumable=True,
-        shardable=True,
-        logits="none",
+        pairs=True, resumable=True, shardable=True, logits="none",
         shown=("loss", "accuracy", "eval_accuracy"),
     ),
     Stage(
-        name="preferences",
-        section="preferences",
-        data=(("load_prompts", "train"),),
-        samples="preferences",
-        resumable=True,
+        name="preferences", section="preferences", data=(("load_prompts", "train"),), samples="preferences", resumable=True,
     ),
     Stage(
-        name="ppo",
-        section="ppo",
-        config=(_A2C_SETTINGS, _PPO_SETTINGS),
-        refused=REFUSED["ppo"],
-        data=_PROMPTS,
-        online=True,
-        samples="ppo",
-        judged=True,
-        resumable=True,
-        shown=_ONLINE_SHOWN,
-        curves=_ONLINE_CURVES,
-        style=Style("PPO", "#0072B2", "o", "top left"),
+        name="ppo", section="ppo", config=(_A2C_SETTINGS, _PPO_SETTINGS), refused=REFUSED["ppo"], data=_PROMPTS,
+        online=True, samples="ppo", judged=True, resumable=True,
+        shown=_ONLINE_SHOWN, curves=_ONLINE_CURVES, style=Style("PPO", "#0072B2", "o", "top left"),
     ),
     Stage(
-        name="a2c",
-        section="a2c",
-        config=(_A2C_SETTINGS,),
-        refused=REFUSED["a2c"],
-        defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # PPO with one step: Huang et al. 2022, arXiv 2205.09123
-        data=_PROMPTS,
-        online=True,
-        samples="a2c",
-        judged=True,
-        resumable=True,
-        shown=_ONLINE_SHOWN,
-        curves=_ONLINE_CURVES,
-        style=Style("A2C", "#E69F00", "s", "bottom right"),
+        name="a2c", section="a2c", config=(_A2C_SETTINGS,), refused=REFUSED["a2c"], data=_PROMPTS,
+        defaults={"num_ppo_epochs": 1, "num_mini_batches": 1},  # Huang et al. 2022, arXiv 2205.09123
+        online=True, samples="a2c", judged=True, resumable=True,
+        shown=_ONLINE_SHOWN, curves=_ONLINE_CURVES, style=Style("A2C", "#E69F00", "s", "bottom right"),
     ),
     Stage(
-        name="dpo",
-        section="dpo",
-        config=(
-            *_TRAINING_ARGUMENTS,
-            Source("trl", "trainer/dpo_config.py", "DPOConfig"),
-            Source("rlhf_recipes", "algorithms/dpo.py", "DPOConfig"),
-        ),
-        refused=REFUSED["dpo"],
-        defaults={
-            "max_length": None,  # pairs keep to `data`'s lengths; TRL would cut them silently
-            "precompute_ref_log_probs": True,
-        },
+        name="dpo", section="dpo", config=_DPO_CONFIG, refused=REFUSED["dpo"],
         data=(*_PROMPTS, ("load_preferences", "train")),
-        pairs=True,
-        samples="preferences",
-        judged=True,
-        resumable=True,
-        shardable=True,
-        logits="batch",
+        defaults={"max_length": None, "precompute_ref_log_probs": True},  # pairs keep to `data`'s lengths; TRL would cut them
+        pairs=True, samples="preferences", judged=True, resumable=True, shardable=True, logits="batch",
         shown=("loss", "rewards/accuracies", "rewards/margins"),
         curves=("loss", "rewards/margins", "rewards/accuracies"),
         style=Style("DPO", "#009E73", "D", "bottom left"),
@@ -185,7 +144,7 @@ _ROWS = (
     Stage(name="evaluate", section="evaluate", data=(("load_prompts", "eval"),), samples="evaluate", judges=True),
     Stage(name="merge", section="merge", data=(("load_prompts", "eval"),), merges=True, writes_model=True),
     Stage(name="report", section="report", loads_weights=False),
-)
+)  # fmt: skip
 STAGES = {stage.name: stage for stage in _ROWS}
 TRAINED = {stage.section: stage for stage in _ROWS if stage.trains}  # by section, in a recipe's order
 JUDGED = {stage.name: stage for stage in _ROWS if stage.judged}
