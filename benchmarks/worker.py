@@ -113,7 +113,7 @@ def _overrides(work: Work) -> dict[str, Any]:
 
 
 def _prompts(work: Work, recipe: Recipe, tokenizer: Any) -> Any:
-    prompts = load_dataset(load_task(recipe.folder), "load_prompts", "train")
+    prompts = load_dataset(load_task(recipe), "load_prompts", "train")
     longest = recipe.data.max_prompt_tokens
     return tokenize_prompts(prompts, tokenizer, longest, limit=work.batch * (work.updates + 1), at_least=work.batch)
 
@@ -158,7 +158,7 @@ def _random_reward(section: LoraSection, shared: Shared) -> Rewards:
 
 def _our_roles(recipe: Recipe) -> Roles:
     with mock.patch.object(roles, "load_rewards", lambda section, shared: _random_reward(recipe.lora, shared)):
-        return build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+        return build_roles(recipe, load_tokenizer(recipe))
 
 
 def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _our_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 
 def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     path, dtype = recipe.path(work.model), getattr(torch, work.dtype)
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **LOADING)
     value, reward = (
@@ -219,7 +219,7 @@ def _stock_ppo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 def _floor(work: Work, recipe: Recipe) -> float:
     """Seconds that an update's matrix products alone would take at this machine's best measured rate in this dtype."""
     config = AutoConfig.from_pretrained(recipe.path(work.model), trust_remote_code=False)
-    lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe.model, recipe.folder))["input_ids"]]
+    lengths = [len(ids) for ids in _prompts(work, recipe, load_tokenizer(recipe))["input_ids"]]
     batches = [lengths[at : at + work.batch] for at in range(0, len(lengths), work.batch)]
     context = statistics.mean(max(batch) for batch in batches)
     flops = update_flops(config, work.batch, context, work.response, work.epochs)
@@ -263,7 +263,7 @@ def update_flops(config: Any, batch: int, context: float, response: int, epochs:
 
 def _pairs(work: Work, recipe: Recipe) -> Any:
     """Pairs of text: the openings of reviews, each with excerpts of two others, about `response` tokens long."""
-    task, count = load_task(recipe.folder), work.batch * (work.updates + 1)
+    task, count = load_task(recipe), work.batch * (work.updates + 1)
     openings = load_dataset(task, "load_prompts", "train").select(range(count))["prompt"]
     excerpts = load_dataset(task, "load_preferences", "train").filter(lambda row: row["words"] >= 24).select(range(count))
     sides = {side: [" " + " ".join(text.split()[:24]) for text in excerpts[side]] for side in ("chosen", "rejected")}
@@ -287,7 +287,7 @@ def _our_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
 
 
 def _stock_dpo(work: Work, recipe: Recipe, folder: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     model = AutoModelForCausalLM.from_pretrained(recipe.path(work.model), dtype=getattr(torch, work.dtype), **LOADING)
     args = trl.DPOConfig(**_dpo_values(work, recipe, folder), max_length=recipe.data.max_prompt_tokens + work.response)
     pairs = _pairs(work, recipe)

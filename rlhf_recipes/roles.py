@@ -51,7 +51,7 @@ def build_roles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, value: str =
     backbone = keep_in_evaluation(load_backbone(recipe.model, recipe.path(recipe.model.path)))
     ends = load_ends(tokenizer, recipe.path(recipe.model.path), recipe.sampling.stop)
     dtype = getattr(torch, recipe.model.dtype)
-    shared = Shared(recipe.path, dtype, backbone, ends.tokens, lambda name: task_function(load_task(recipe.folder), name))
+    shared = Shared(recipe.path, dtype, backbone, ends.tokens, lambda name: task_function(load_task(recipe), name))
     reward = load_rewards(recipe.reward, shared)
     torch.manual_seed(recipe.run.seed)  # the same start whatever was built before, here and below
     value_role = build_value(value, backbone, recipe.lora)

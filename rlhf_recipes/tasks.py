@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_caching
 
 from rlhf_recipes.recipe.errors import RecipeError, nearest, shortened
+from rlhf_recipes.recipe.sections import Recipe
 
 COLUMNS = {
     "load_prompts": [{"prompt"}, {"input_ids"}],
@@ -28,13 +29,13 @@ GIVEN = ("prompts", "completions", "completion_ids")  # to a python reward, unde
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names, which no chat template knows
 
 
-def load_task(folder: Path) -> types.ModuleType:
-    """Imports the `task.py` of a recipe's folder.
+def load_task(recipe: Recipe | Path) -> types.ModuleType:
+    """Imports the `task.py` of a recipe, or of its folder.
 
     Raises:
         RecipeError: there is none, or importing it failed.
     """
-    file = folder / "task.py"
+    file = (recipe if isinstance(recipe, Path) else recipe.folder) / "task.py"
     if not file.is_file():
         raise RecipeError(f"{file}: no such file; a recipe's task.py gives its data (see recipes/imdb/task.py)")
     with _theirs(f"{file}: cannot be imported", file.resolve()):

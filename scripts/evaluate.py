@@ -29,7 +29,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     section, held_out = recipe.evaluate, load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(held_out, tokenizer, recipe.data.max_prompt_tokens, section.prompts)
     gold = optional_gold(task, prompts)

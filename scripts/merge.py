@@ -21,7 +21,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.runs.folder import MODEL, Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     adapter = adapter_to_merge(recipe.merge.adapter, recipe.runs, recipe.folder, fingerprint(recipe, "merge"))
     prompts = load_dataset(task, "load_prompts", "eval")
     prompts = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, limit=10)

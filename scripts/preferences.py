@@ -22,7 +22,7 @@ def main(recipe: Recipe) -> dict:
     from rlhf_recipes.runs.folder import Run
     from rlhf_recipes.tasks import load_dataset, load_task
 
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     prompts = load_dataset(task, "load_prompts", "train")
     train = tokenize_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, recipe.preferences.prompts)
 

@@ -154,7 +154,7 @@ def roles(tiny: Path):
     from rlhf_recipes.roles import build_roles
 
     recipe = load_recipe(tiny)
-    built = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    built = build_roles(recipe, load_tokenizer(recipe))
     for name, parameter in built.policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))

@@ -68,7 +68,7 @@ def chat(tiny, tmp_path_factory):
 @pytest.mark.parametrize("messages", [True, False], ids=["chat", "text"])
 def test_every_stage_builds_the_same_ids(chat, messages):
     recipe = load_recipe(chat, {"data.max_completion_tokens": 24})
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     prompt, answer, other = (
         [{"role": "user", "content": "the film?"}],
         [{"role": "assistant", "content": "a great film"}],
@@ -146,7 +146,7 @@ def texts_of(rows, tokenizer, recipe):
 def spoken(chat):
     """A tokenizer with the template, and the recipe."""
     recipe = load_recipe(chat, {"data.max_completion_tokens": 99, "data.max_prompt_tokens": 99})
-    return load_tokenizer(recipe.model, recipe.folder), recipe
+    return load_tokenizer(recipe), recipe
 
 
 def test_all_turns_of_a_completion_are_learned(spoken):

@@ -26,11 +26,11 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def task(recipe):
-    return load_task(recipe.folder)
+    return load_task(recipe)
 
 
 def test_without_the_package_it_says_what_to_install(recipe, monkeypatch):
-    task = load_task(recipe.folder)
+    task = load_task(recipe)
     task._dataset.cache_clear()
     task.conversations.cache_clear()
     task.replies.cache_clear()
@@ -40,7 +40,7 @@ def test_without_the_package_it_says_what_to_install(recipe, monkeypatch):
 
 
 def test_a_dialogue_has_the_same_tokens_in_every_stage(recipe):
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     roles, texts = ("user", "assistant", "user"), ("Hello! ", "hi", "  ?")
     prompt = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     answer = "Where are you from?"
@@ -81,7 +81,7 @@ def test_both_replies_of_a_pair_are_of_one_length(task, recipe):
     for pair in pairs:
         assert len(pair["chosen"].split()) == len(pair["rejected"].split()) <= pair["words"]
         assert answers[pair["chosen"], tuple(m["content"] for m in pair["prompt"])] > 0
-    tokens = tokenize_pairs(pairs.select(range(50)), load_tokenizer(recipe.model, recipe.folder), read_eos=True)
+    tokens = tokenize_pairs(pairs.select(range(50)), load_tokenizer(recipe), read_eos=True)
     assert all(row["chosen_ids"][-1] == row["rejected_ids"][-1] for row in tokens)
 
 

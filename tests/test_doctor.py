@@ -23,8 +23,8 @@ from rlhf_recipes.tasks import load_dataset, load_task
 def ready(tiny):
     """A recipe, new roles, and its tokenised prompts."""
     recipe = load_recipe(tiny)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
     return recipe, build_roles(recipe, tokenizer), prompts
 
 

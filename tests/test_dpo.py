@@ -68,7 +68,7 @@ def test_ppo_dpo_and_evaluation_see_bit_equal_reference_logprobs(tiny, roles, tm
     from rlhf_recipes.evaluation import judging
 
     recipe = load_recipe(tiny)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=4)
     completions = [[5, 6, 7, 8, 9, 10], [7, 2, 0, 0, 0, 0], [5, 5, 5, 2, 0, 0], [9, 10, 11, 12, 13, 14]]
     width = max(map(len, prompts["input_ids"]))
     queries = [[0] * (width - len(ids)) + ids for ids in prompts["input_ids"]]
@@ -133,7 +133,7 @@ def test_the_loss_at_the_start_is_log_2_and_the_margin_the_papers(pairs, tiny, r
 def uneven(pairs, tiny):
     """Prompts of several lengths, and rejected completions that are shorter than the chosen ones."""
     recipe = load_recipe(tiny)
-    made = loaded(pairs, tiny, load_tokenizer(recipe.model, recipe.folder))
+    made = loaded(pairs, tiny, load_tokenizer(recipe))
     return made.map(lambda row: {"rejected_ids": row["rejected_ids"][:3]})
 
 

@@ -65,8 +65,8 @@ def write_recipe(title: str, folder: Path) -> Path:
 def largest_gap(place: Path) -> float:
     """Between any two paths to one log-probability, in nats, the policy moved on purpose; the value is an adapter's."""
     recipe = load_recipe(place, {"reward.adapter": None, "reward.function": "wordy"})
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24, limit=10)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24, limit=10)
     roles = build_roles(recipe, tokenizer, value="adapter")
     return max(gaps.max().item() for gaps in path_gaps(roles, prompts, recipe.lora, recipe.run.seed).values())
 

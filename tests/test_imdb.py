@@ -62,7 +62,7 @@ def test_shipped_reward_prefers_praise():
     from rlhf_recipes.roles import build_roles
 
     recipe = load_recipe(FOLDER)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     reward = build_roles(recipe, tokenizer).reward.adapter
     texts = ["This movie is wonderful, one of the best I have ever seen.", "This movie is awful, a complete waste of time."]
     praise, pan = reward(tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]).tolist()

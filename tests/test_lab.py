@@ -33,8 +33,8 @@ LAB = Path(__file__).resolve().parent.parent / "recipes" / "lab"
 def lab():
     """Recipe, roles with a policy away from the reference, and the eight prompts."""
     recipe = load_recipe(LAB)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), tokenizer, 2)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), tokenizer, 2)
     roles = build_roles(recipe, tokenizer)
     for name, p in roles.policy.named_parameters():
         if "lora_B" in name:
@@ -97,7 +97,7 @@ def test_the_estimated_optimum_and_frontier_agree_with_the_enumeration(lab, prop
 
 def test_what_cannot_be_enumerated_is_refused(tiny, roles, lab):
     recipe = load_recipe(tiny)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "eval"), roles.tokenizer, 24, limit=1)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "eval"), roles.tokenizer, 24, limit=1)
     with pytest.raises(RecipeError, match="it is for laboratories"):
         enumerate_policy(roles.policy, roles, prompts, recipe.data.max_completion_tokens, 1.0)
     with pytest.raises(RecipeError, match="can also sample pad or bos"):
@@ -144,7 +144,7 @@ PYTHON = {"reward.adapter": None, "reward.function": True}
 def test_a_python_reward_is_enumerated_with_its_prompt(lab):
     _, _, prompts = lab
     recipe = load_recipe(LAB, PYTHON)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     exact = enumerate_policy(roles.reference, roles, prompts, 3, 1.0)
     assert exact.rewards.amax(1).tolist() == [3.0] * 8  # three times the next letter
     assert exact.rewards.amin(1).tolist() == [-1.5] * 8
@@ -167,7 +167,7 @@ def test_every_trainer_reaches_the_optimum(stage, beta, keys, lab, tmp_path):
     times, fraction = (15, 0.93) if "ppo.kl" in keys else (20, 0.97)
     run(stage, LAB, tmp_path, *(f"--{key}={json.dumps(value)}" for key, value in ({"objective.beta": beta} | keys).items()))
     recipe = load_recipe(LAB, {"objective.beta": beta} | keys)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     with judged_policy(tmp_path / f"outputs/lab/{stage}/it", roles, recipe.model) as policy:
         trained = enumerate_policy(policy, roles, prompts, 3, 1.0).exact(beta)
     start = enumerate_policy(roles.reference, roles, prompts, 3, 1.0).exact(beta)

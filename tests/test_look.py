@@ -121,7 +121,7 @@ def test_a_bad_line_of_own_pairs_is_named(row, message, task, capsys):
 
 def test_pairs_of_another_vocabulary_or_tokenizer_are_refused_before_the_run(task):
     recipe = task()
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     ids = {
         "prompt_ids": [5],
         "label_smoothing": 0.0,
@@ -147,7 +147,7 @@ def test_the_longest_row_is_what_the_memory_estimate_counts(task, capsys):
         "    return Dataset.from_dict({'prompt': [''] * 3, 'chosen': ['great'] * 2 + ['great ' * 40], 'rejected': ['a'] * 3})\n"
     )
     tokens = look(long, "reward", seconds=60).longest
-    assert tokens == len(load_tokenizer(long.model, long.folder)("great " * 40)["input_ids"]) + 1
+    assert tokens == len(load_tokenizer(long)("great " * 40)["input_ids"]) + 1
     assert run("reward", long.folder, long.folder, "--dry-run") is None
     known = capsys.readouterr().out
     assert "the most that" not in known

@@ -50,8 +50,8 @@ TAKEN = {
 
 def ready(tiny, values):
     recipe = load_recipe(tiny, {f"lora.{key}": value for key, value in values.items()})
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24, limit=10)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24, limit=10)
     return recipe, build_roles(recipe, tokenizer, value="adapter"), prompts
 
 
@@ -188,7 +188,7 @@ class Noisy(nn.Module):
 
 def test_training_mode_never_reaches_the_backbone_but_the_adapters_dropout(tiny):
     recipe = load_recipe(tiny)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     for model in (roles.policy, shared_copy(roles.policy)):
         names = {module: name for name, module in model.named_modules()}
         model.train()

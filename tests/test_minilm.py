@@ -49,7 +49,7 @@ def test_it_scores_what_another_tokenizer_sampled(classifier, tmp_path):
     reward = Rewards({spec.title: Term(load_model_reward(recipe))})
     # the last one is longer than the 128 tokens at which the package's own tokenizer cuts and to which it pads
     prompts, texts = ["The film was", "I have never", "A plot"], [" great fun!", " been so bored.", " and a hole" * 60]
-    scores = reward(samples_of(load_tokenizer(recipe.model, recipe.folder), prompts, texts)).total
+    scores = reward(samples_of(load_tokenizer(recipe), prompts, texts)).total
     for prompt, text, score in zip(prompts, texts, scores, strict=True):
         inputs = tokenizer(prompt + text, return_tensors="pt")
         with torch.no_grad():

@@ -153,7 +153,7 @@ def test_a_copy_of_minilm_takes_the_original_s_reward(tmp_path):
     new(tmp_path / "mytask", source)
     recipe = load_recipe(tmp_path / "mytask")
     assert recipe.reward.model == "../minilm/checkpoints/reward"
-    assert len(load_task(recipe.folder).load_prompts("eval")) > 0
+    assert len(load_task(recipe).load_prompts("eval")) > 0
 
 
 # --- cp -r -------------------------------------------------------------------------------------------------------

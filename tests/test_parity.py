@@ -64,7 +64,7 @@ def classifier(recipe, seed):
 @pytest.mark.parametrize("settings", [{}, {"kl_estimator": "k3", "whiten_rewards": True, "missing_eos_penalty": 0.5}])
 def test_metrics_equal_stock_trl(tiny, tmp_path, lora, settings):
     recipe = load_recipe(tiny)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     texts = ["the film was great"[: 1 + i % 18] for i in range(40)]
     prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
     values = {
@@ -160,7 +160,7 @@ def test_trls_own_loop_on_our_roles_gives_the_same_metrics(tiny, tmp_path):
             tiny,
             {"ppo.value": "adapter", "ppo.total_episodes": 24, "ppo.learning_rate": 3e-3, "ppo.save_strategy": "no"},
         )
-        tokenizer = load_tokenizer(recipe.model, recipe.folder)
+        tokenizer = load_tokenizer(recipe)
         texts = ["the film was"[: 1 + i % 12] for i in range(24)]
         prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
         roles = build_roles(recipe, tokenizer, value="adapter")

@@ -29,8 +29,8 @@ class Recorder(TrainerCallback):
 
 def build_trainer(tiny, tmp_path, stage="ppo", judge=None, **overrides):
     recipe = load_recipe(tiny, {key.replace("__", "."): value for key, value in overrides.items()})
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
-    prompts = tokenize_prompts(load_dataset(load_task(recipe.folder), "load_prompts", "train"), tokenizer, 24)
+    tokenizer = load_tokenizer(recipe)
+    prompts = tokenize_prompts(load_dataset(load_task(recipe), "load_prompts", "train"), tokenizer, 24)
     roles = build_roles(recipe, tokenizer, value=recipe.stages[stage].get("value", "trunk"))
     settings = recipe.stages[stage], recipe.run.seed, recipe.model.dtype
     args = stage_config(PPOConfig, stage, *settings, tmp_path, **ppo_fields(recipe, stage))

@@ -97,14 +97,14 @@ def test_a_run_is_resumed_only_as_it_was(tiny, tmp_path, capsys):
 def test_broken_pairs_are_named(content, tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(content)
     recipe = load_recipe(tiny)
-    tokenizer = load_tokenizer(recipe.model, tiny)
+    tokenizer = load_tokenizer(recipe)
     with pytest.raises(RecipeError, match=r"pairs\.jsonl"):
         load_pairs(tmp_path / "pairs.jsonl", 300, tokenizer, [tokenizer.eos_token_id], recipe.data)
 
 
 def test_pairs_a_person_made_end_with_eos_and_keep_the_limits(tiny, capsys):
     recipe = load_recipe(tiny, {"data.max_prompt_tokens": 3})
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     rows = [("film", " great", " dull"), ("film", " same", " same"), ("the film was great and fine", " a", " b")]
     pairs = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows])
     kept = tokenize_preferences(
@@ -160,7 +160,7 @@ def test_two_hundred_own_pairs_just_train(tiny, tmp_path, capsys):
 
 def test_chat_pairs_and_those_without_a_prompt_become_the_same_tokens(tiny, tmp_path):
     recipe = load_recipe(tiny)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"

@@ -350,7 +350,7 @@ def test_the_estimates_in_the_readme_are_the_preflights(name, real_sizes):
 def stand_in_of(name: str, folder: Path):
     """A recipe over its stand-in, and the tokenizer as every stage has it."""
     recipe = load_recipe(ROOT / "recipes" / name, {"model.path": str(write_stand_in(folder, BACKBONES[name]))})
-    return recipe, load_tokenizer(recipe.model, recipe.folder)
+    return recipe, load_tokenizer(recipe)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def encode_text(tokenizer, prompt) -> str:
 
 def test_hh_is_written_as_in_the_dataset(tmp_path):
     recipe, tokenizer = stand_in_of("hh", tmp_path)
-    task = load_task(recipe.folder)
+    task = load_task(recipe)
     for row in hh_rows("train", 4):
         for text in row.values():
             *prompt, answer = task.dialogue(text)
@@ -628,7 +628,7 @@ def test_all_roles_share_the_4_bit_layers_and_a_training_leaves_them_alone(hub, 
         "reward.adapter": str(tmp_path / "hh" / "reward" / "it" / "adapter"),
     }  # fmt: skip
     recipe = load_recipe(ROOT / "recipes" / "hh", values)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder), value="adapter")
+    roles = build_roles(recipe, load_tokenizer(recipe), value="adapter")
     layers = {role: [m for m in getattr(roles, role).modules() if is_4bit(m)] for role in ("policy", "value", "reward")}
     assert len(layers["policy"]) == 2 * 7  # every linear layer of both blocks
     for role in ("value", "reward"):

@@ -241,7 +241,7 @@ def test_a_model_reads_the_text_with_its_own_tokenizer(tiny, foreign, keys, colu
     recipe = load_recipe(
         tiny, {"reward.adapter": None, "reward.model": str(foreign), **{f"reward.{k}": v for k, v in keys.items()}}
     )
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     model = AutoModelForSequenceClassification.from_pretrained(foreign).eval()
     tokenizer = roles.reward.terms[foreign.name].scorer.tokenizer
     scores = roles.reward(samples_of(roles.tokenizer), batch_size=2)
@@ -373,7 +373,7 @@ def test_a_model_of_several_labels_needs_one_named(tiny, foreign):
     for label in (None, "fine", 7):
         recipe = load_recipe(tiny, {"reward.adapter": None, "reward.model": str(foreign), "reward.label": label})
         with pytest.raises(RecipeError, match=r"none of its labels: 0 \(bad\), 1 \(so-so\), 2 \(good\)"):
-            build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+            build_roles(recipe, load_tokenizer(recipe))
 
 
 # --- the sum -----------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
         "data.max_completion_tokens": 24,
     }  # fmt: skip
     recipe = load_recipe(tiny, overrides)
-    roles, task = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder)), load_task(recipe.folder)
+    roles, task = build_roles(recipe, load_tokenizer(recipe)), load_task(recipe)
     run = Run.prepare(recipe, "ppo")
     run.folder.mkdir(parents=True)
     roles.reward.terms["gold_reward"].scorer.function = lambda p, c: [float(len(text)) for text in c]
@@ -459,4 +459,4 @@ def test_mistakes_in_the_reward_section(tiny, overrides, message):
 def test_a_missing_function_is_named(tiny):
     recipe = load_recipe(tiny, {"reward.adapter": None, "reward.function": "politeness"})
     with pytest.raises(RecipeError, match="needs a function `politeness`"):
-        build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+        build_roles(recipe, load_tokenizer(recipe))

@@ -34,7 +34,7 @@ def base_tensors(model):
 @pytest.mark.parametrize("value", ["trunk", "adapter"])
 def test_base_weights_are_in_memory_once(tiny, value):
     recipe = load_recipe(tiny)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder), value=value)
+    roles = build_roles(recipe, load_tokenizer(recipe), value=value)
     policy = base_tensors(roles.policy)
     others = [roles.reward] + ([roles.value] if value == "adapter" else [])
     assert len(policy) == 18
@@ -57,7 +57,7 @@ def test_adapters_off_equals_the_backbone_exactly(tiny, roles):
 
 def test_a_new_policy_is_the_reference(tiny):
     recipe = load_recipe(tiny)
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     inputs = model_inputs(*batch(roles.tokenizer))
     assert torch.equal(roles.policy(**inputs).logits, roles.reference(**inputs).logits)
 
@@ -93,7 +93,7 @@ def test_merge_is_undone_when_generation_fails(roles):
 def test_reward_adapter_of_another_backbone_is_refused(tiny):
     recipe = load_recipe(tiny, {"reward.adapter": str(tiny)})
     with pytest.raises(RecipeError, match="does not fit"):
-        build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+        build_roles(recipe, load_tokenizer(recipe))
 
 
 # --- the reward --------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_gradient_checkpointing_does_not_change_what_is_sampled(roles):
 def test_half_precision_policies_are_sampled_unmerged(tiny):
     """W + BA rounded to bfloat16 loses a small BA, so W stays as it is while the policy speaks."""
     recipe = load_recipe(tiny, {"model.dtype": "bfloat16"})
-    roles = build_roles(recipe, load_tokenizer(recipe.model, recipe.folder))
+    roles = build_roles(recipe, load_tokenizer(recipe))
     layers = [m for m in roles.policy.modules() if isinstance(m, LoraLayer)]
     assert all(p.dtype == torch.float32 for m in layers for n, p in m.named_parameters() if "lora_" in n)
     pointers = []

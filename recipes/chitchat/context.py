@@ -19,9 +19,9 @@ from rlhf_recipes.tasks import load_dataset, load_task
 
 def main() -> None:
     recipe = load_recipe(Path(__file__).parent)
-    tokenizer = load_tokenizer(recipe.model, recipe.folder)
+    tokenizer = load_tokenizer(recipe)
     reward = build_roles(recipe, tokenizer).reward.adapter
-    pairs = load_dataset(load_task(recipe.folder), "load_preferences", "eval").to_list()
+    pairs = load_dataset(load_task(recipe), "load_preferences", "eval").to_list()
     rng = random.Random(0)  # noqa: S311
 
     contexts = [pair["prompt"] for pair in pairs]

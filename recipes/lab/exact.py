@@ -126,9 +126,9 @@ def enumerate_policy(
 def exact_numbers(run: Path) -> dict[str, dict[str, float]]:
     """`Enumeration.exact` of the reference and of a run's policy, by the run's own recipe."""
     recipe = load_recipe(run / RESOLVED)
-    tokenizer, beta = load_tokenizer(recipe.model, recipe.folder), recipe.objective.beta
+    tokenizer, beta = load_tokenizer(recipe), recipe.objective.beta
     prompts = tokenize_prompts(
-        load_dataset(load_task(recipe.folder), "load_prompts", "eval"), tokenizer, recipe.data.max_prompt_tokens
+        load_dataset(load_task(recipe), "load_prompts", "eval"), tokenizer, recipe.data.max_prompt_tokens
     )
     roles, length, temperature = build_roles(recipe, tokenizer), recipe.data.max_completion_tokens, recipe.sampling.temperature
     numbers = {}

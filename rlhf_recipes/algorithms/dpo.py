@@ -277,7 +277,7 @@ def dpo_fields(beta: float) -> dict[str, Any]:
 def train_dpo(recipe: Recipe) -> dict[str, Any]:
     """Trains the policy of `recipe` on given, the task's or sampled pairs and judges it on held-out prompts; returns the
     summary."""
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     section, longest = recipe.stages["dpo"], recipe.data.max_prompt_tokens
     ends, prompts, pairs = end_token_ids(tokenizer, recipe.path(recipe.model.path)), None, None
     given = None if recipe.preferences.path is None else pairs_file(recipe.preferences.path, recipe.folder)

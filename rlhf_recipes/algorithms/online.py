@@ -21,7 +21,7 @@ from rlhf_recipes.tasks import load_dataset, load_task, optional_gold
 
 def train_online(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Trains the policy of `recipe` by `stage` ("ppo" or "a2c") and judges it on held-out prompts; returns the summary."""
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     settings, longest = online_settings(stage, recipe.stages[stage]), recipe.data.max_prompt_tokens
     prompts = load_dataset(task, "load_prompts", "train")
     train = tokenize_prompts(prompts, tokenizer, longest, at_least=episodes_per_update(settings))

@@ -55,7 +55,7 @@ class RewardTrainer(Resumable, trl.RewardTrainer):
 
 def train_reward(recipe: Recipe) -> dict[str, Any]:
     """Trains the reward adapter of `recipe` on the task's preferences and judges it on held-out ones; returns the summary."""
-    task, tokenizer = load_task(recipe.folder), load_tokenizer(recipe.model, recipe.folder)
+    task, tokenizer = load_task(recipe), load_tokenizer(recipe)
     ends, read_eos = end_token_ids(tokenizer, recipe.path(recipe.model.path)), recipe.reward.adapter_reads_eos
     train, evaluation = (
         tokenize_pairs(load_dataset(task, "load_preferences", split), tokenizer, read_eos, ends) for split in ("train", "eval")

@@ -111,7 +111,7 @@ def row_lengths(train: Dataset) -> np.ndarray:
 
 def train_sft(recipe: Recipe) -> dict[str, Any]:
     """Trains the backbone of `recipe` on the task's demonstrations, and writes it and what it says; returns the summary."""
-    task = load_task(recipe.folder)
+    task = load_task(recipe)
     train, evaluation = (load_dataset(task, "load_demonstrations", split) for split in ("train", "eval"))
 
     section = recipe.stages["sft"]
@@ -123,7 +123,7 @@ def train_sft(recipe: Recipe) -> dict[str, Any]:
         ends = Ends(tokenizer, [tokenizer.eos_token_id], recipe.sampling.stop)
         build = partial(build_backbone, architecture, tokenizer, recipe.run.seed)
     else:
-        tokenizer = load_tokenizer(recipe.model, recipe.folder)
+        tokenizer = load_tokenizer(recipe)
         ends = load_ends(tokenizer, recipe.path(recipe.model.path), recipe.sampling.stop)
         build = partial(load_with_new_adapter, recipe.model, recipe.path(recipe.model.path), recipe.lora, "CAUSAL_LM")
     model: Any = build()

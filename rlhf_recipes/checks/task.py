@@ -30,7 +30,7 @@ SHOWN = 160  # characters of a text
 
 def check_task(recipe: Recipe, console: Console) -> list[str]:
     """Prints what every function gives; returns what is wrong, a line each."""
-    task, problems = load_task(recipe.folder), list[str]()
+    task, problems = load_task(recipe), list[str]()
     tokenizer, ends = _tokenizer(recipe, problems)
     datasets: dict[tuple[str, str], Dataset] = {}
     readable = set[str]()
@@ -73,7 +73,7 @@ def check_task(recipe: Recipe, console: Console) -> list[str]:
 def _tokenizer(recipe: Recipe, problems: list[str]) -> tuple[PreTrainedTokenizerBase | None, list[int]]:
     """The backbone's, and its ends of text."""
     try:
-        tokenizer = load_tokenizer(recipe.model, recipe.folder)
+        tokenizer = load_tokenizer(recipe)
         return tokenizer, end_token_ids(tokenizer, recipe.path(recipe.model.path))
     except RecipeError as error:
         problems.append(f"{error}; texts are shown as they are, without tokens")

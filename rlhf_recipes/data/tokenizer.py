@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import cached_file
 
 from rlhf_recipes.recipe.errors import RecipeError, loading, nearest
-from rlhf_recipes.recipe.sections import ModelSection, resolved, said
+from rlhf_recipes.recipe.sections import ModelSection, Recipe
 
 _MAY_BE_ABSENT = {
     "_raise_exceptions_for_missing_entries": False,
@@ -23,21 +23,19 @@ _MAY_BE_ABSENT = {
 }
 
 
-def load_tokenizer(model: ModelSection, folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, padding on the left as generation needs.
-
-    Args:
-        folder: the recipe's, beside which its paths are looked for.
 
     Raises:
         RecipeError: without a pad token of its own. TRL finds a response's end as the first pad, so pad must differ
             from eos.
     """
-    with loading(f"the tokenizer of `model.path` {said(model.path, folder)}", switch="model.trust_remote_code"):
+    model = recipe.model
+    with loading(f"the tokenizer of `model.path` {recipe.said(model.path)}", switch="model.trust_remote_code"):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolved(model.path, folder), padding_side="left", trust_remote_code=model.trust_remote_code
+            recipe.path(model.path), padding_side="left", trust_remote_code=model.trust_remote_code
         )
-    complete_tokenizer(tokenizer, model, folder)
+    complete_tokenizer(tokenizer, model, recipe.folder)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
             f"the tokenizer of `model.path` {model.path} has the pad token {tokenizer.pad_token!r} and the eos "
