@@ -63,3 +63,24 @@ def test_no_module_imports_itself_by_way_of_others():
     packages = {module for module in FILES if FILES[module].name == "__init__.py"}  # they only offer what is in them
     graph = {module: imports_of(file) - packages for module, file in FILES.items() if module not in packages}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_what_recipes_own_scripts_call_can_be_had_from_the_rooms(tiny):
+    """Scripts in people's recipes stand on these names and calls."""
+    import torch
+
+    from rlhf_recipes.data import encode_completion, encode_prompt, load_tokenizer, tokenize_pairs
+    from rlhf_recipes.recipe import DEFAULT_RECIPE, Recipe, RecipeError, load_recipe
+    from rlhf_recipes.rewards import Samples
+    from rlhf_recipes.tasks import load_dataset, load_task
+
+    recipe = load_recipe(tiny)
+    assert isinstance(recipe, Recipe)
+    tokenizer = load_tokenizer(recipe)
+    assert load_task(recipe) is load_task(tiny)
+    pairs = tokenize_pairs(load_dataset(load_task(recipe), "load_preferences", "eval"), tokenizer, True)
+    prompt, answer = encode_prompt(tokenizer, "the film was"), encode_completion(tokenizer, "the film was", " great")
+    assert Samples(torch.tensor([prompt + answer]), len(prompt), tokenizer, ["the film was"]).texts == [" great"]
+    assert {"chosen_ids", "rejected_ids"} <= set(pairs.column_names)
+    with pytest.raises(RecipeError):
+        load_recipe(DEFAULT_RECIPE / "nowhere")

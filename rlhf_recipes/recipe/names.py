@@ -111,6 +111,7 @@ _ABSENT = {
     "only `model.quantization` 4bit is there": "load_in_8bit",
     "that is `ppo.kl: full` (or `a2c.kl: full`)": "full_kl",
     "that is `ppo.kl: loss` (or `a2c.kl: loss`)": "kl_loss use_kl_loss",
+    "python recipes/lab/exact.py enumerates, for laboratories like recipes/lab": "exact",
     "there is one loop, which tests/test_parity.py compares with TRL's own": "loop",
     "give `dpo.loss_type` [sigmoid, sft] and `dpo.loss_weights` [1, alpha] in its place": "rpo_alpha",
     "completions are sampled by the policy's own modules, whose log-probabilities the losses read": "use_vllm",
