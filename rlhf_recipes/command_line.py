@@ -72,7 +72,7 @@ def help_text(stage: str, doc: str) -> str:
         "",
         "options:",
         "  --recipe PATH          a recipe's folder (default: recipes/imdb)",
-        "  --resume [RUN]         go on with the latest run of the stage, or with that run's or checkpoint's folder",
+        "  --resume [RUN]         resume the latest run of the stage, or that run's or checkpoint's folder",
         "  --dry-run              print the resolved recipe, the memory estimate and the checks; write nothing",
         "  --section.key VALUE    override any key below",
         "",
@@ -151,7 +151,7 @@ def command(stage: str, doc: str) -> Callable[[Callable[[Recipe], Any]], Callabl
                     StoppedError.exit_code,
                 )
             except interrupts.Interrupted as interruption:
-                advice = "; --resume goes on" if STAGES[stage].resumable else ""
+                advice = "; --resume resumes it" if STAGES[stage].resumable else ""
                 environment.fail(f"{stage}: {interruption}{advice}", interrupts.EXIT_CODE)
 
         return main

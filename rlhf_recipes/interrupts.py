@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Slurm's pre-emption, Ctrl-C): a training finishes its update and saves; a second one ends it at once."""
+"""SIGTERM and SIGINT (Slurm's pre-emption, Ctrl-C): a training run finishes its update and saves; a second one ends it at once."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ _in_training = False
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to end before its end; the message says how it goes on."""
+    """The run was asked to end before its end; the message says how it is resumed."""
 
 
 @contextmanager

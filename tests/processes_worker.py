@@ -115,7 +115,7 @@ def rewards(recipe_folder, folder):
 
 
 def going_on(recipe_folder, folder):
-    """PPO and DPO twice, and once with a signal to the last process alone, after which they go on; what differs."""
+    """PPO and DPO twice, and once with a signal to the last process alone, after which they are resumed; what differs."""
     import pytest
 
     from tests.test_resume import COMPARED, STAGES, run, stop_at, terminated

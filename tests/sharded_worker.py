@@ -36,7 +36,7 @@ def shards_of(trainer):
 
 
 def interrupted(recipe, folder):
-    """dpo, which a signal interrupts and which then goes on; the exit code of the first."""
+    """dpo, which a signal interrupts and which is then resumed; the exit code of the first."""
     import pytest
 
     from tests.test_resume import run, stop_at, terminated

@@ -414,5 +414,5 @@ def test_a_finding_is_an_alert_of_wandb_and_survives_its_failure(tiny, tmp_path,
     assert HACKED.advice in call.kwargs["text"]
     wandb.alert.side_effect = OSError("no network")
     run_.found(HACKED, step=8)
-    assert "going on without it" in capsys.readouterr().err
+    assert "continuing without it" in capsys.readouterr().err
     assert run_.findings == [HACKED, HACKED]

@@ -369,7 +369,7 @@ def test_each_name_of_run_tracker_is_a_tracker_and_one_that_fails_leaves_the_oth
     together.each(lambda tracker: tracker.log({"x": 1}, step=2))
     together.each(lambda tracker: tracker.finish({"done": True}))
     assert logged == [({"x": 1}, 2), {"done": True}]
-    assert capsys.readouterr().err == "absent: switched off (no server)\nflaky: no server; going on without it\n"
+    assert capsys.readouterr().err == "absent: switched off (no server)\nflaky: no server; continuing without it\n"
 
 
 def test_the_benchmark_of_busy_cores_compares_with_one_and_two_free_ones(monkeypatch, capsys, tmp_path):

@@ -112,7 +112,7 @@ def test_explained_variance_of_known_values():
         (returns, 1.0),
         (returns + 3, 1.0),  # an offset is no lack of variance
         (torch.full_like(returns, 2.5), 0.0),
-        (returns / 2, 0.75),  # what is left has half the deviation
+        (returns / 2, 0.75),  # what is left has half the standard deviation
         (-returns, -3.0),
     ):
         values = torch.where(mask, values, garbage)

@@ -1,4 +1,4 @@
-"""Pairs: how they are labelled, that their tokens survive, and that a killed run goes on as if nothing had happened."""
+"""Pairs: how they are labelled, that their tokens survive, and that a killed run resumes as if nothing had happened."""
 
 import json
 import re

@@ -82,7 +82,7 @@ def mytask(tmp_path_factory):
 def test_every_command_in_the_docs_dry_runs(line, monkeypatch, tmp_path, mytask):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line.split("&&")[0].replace("recipes/mytask", str(mytask)))
-    if "--resume" in words:  # a run to go on with, wherever the line says it is
+    if "--resume" in words:  # a run to resume, wherever the line says it is
         run = tmp_path / "imdb" / "ppo" / "it"
         run.mkdir(parents=True)
         run.with_name("latest").symlink_to("it")

@@ -1,4 +1,4 @@
-"""Nothing lost: every stage goes on bit for bit, from the newest checkpoint that is whole, and only as the run it was."""
+"""Nothing lost: every stage is resumed bit for bit, from the newest checkpoint that is whole, and only as the run it was."""
 
 import dataclasses
 import errno
@@ -116,7 +116,7 @@ def test_every_stage_goes_on_bit_for_bit(stage, how, tiny, output, whole, monkey
     if how is terminated:
         assert stop.value.code == interrupts.EXIT_CODE == 75
         said = capsys.readouterr().err
-        assert f"ended after step {step}, as asked; the last good checkpoint is {newest}; --resume goes on" in said
+        assert f"ended after step {step}, as asked; the last good checkpoint is {newest}; --resume resumes it" in said
         assert newest.name == f"checkpoint-{step}"
     else:
         assert newest.name != f"checkpoint-{step}"
@@ -273,7 +273,7 @@ def test_pruning_spares_the_best_and_the_last_whole_one(tmp_path):
     assert there() == ["best-11", "best-5", "checkpoint-12"]  # of the run as it is now, and of the checkpoint
 
 
-# --- which run goes on -------------------------------------------------------------------------------------------
+# --- which run is resumed ---------------------------------------------------------------------------------------
 
 
 def refused(capsys, stage, recipe, output, *words):
@@ -370,7 +370,7 @@ def test_a_second_signal_exits_at_once(monkeypatch):
         assert ended == []
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended == [128 + signal.SIGTERM]
-    with pytest.raises(interrupts.Interrupted), interrupts.handled():  # outside of a training there is nothing to wait for
+    with pytest.raises(interrupts.Interrupted), interrupts.handled():  # outside of a training run there is nothing to wait for
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -473,7 +473,7 @@ def test_wandb_failing_in_the_middle_of_a_run_does_not_stop_it(tiny, tmp_path, m
     broken, started = Broken(), {}
     monkeypatch.setattr(wandb, "init", lambda **kwargs: started.update(kwargs) or broken)
     run("ppo", tiny, tmp_path, "it", "--run.tracker=wandb", "--ppo.total_episodes=32")
-    assert capsys.readouterr().err.count("wandb: the network is down; going on without it") == 1
+    assert capsys.readouterr().err.count("wandb: the network is down; continuing without it") == 1
     folder = tmp_path / "tiny/ppo/it"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
     assert started["id"] == json.loads((folder / "run.json").read_text())["wandb"]

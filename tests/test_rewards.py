@@ -381,7 +381,7 @@ def test_a_model_of_several_labels_needs_one_named(tiny, foreign):
 
 def test_shaping_is_the_formula(tokenizer):
     raw = [4.0, -6.0, 1.0]
-    term = Term(FunctionReward(lambda p, c: raw), weight=3.0, mean=1.0, deviation=2.0)
+    term = Term(FunctionReward(lambda p, c: raw), weight=3.0, mean=1.0, std=2.0)
     samples = samples_of(tokenizer)
     scores = Rewards({"x": term}, clip=4.0, length_penalty=0.1, missing_eos_penalty=5.0)(samples)
     tokens = samples.mask.sum(1)
@@ -399,9 +399,7 @@ def test_adapters_and_functions_add_up_and_the_prefix_is_the_adapters_share(role
     samples = samples_of(roles.tokenizer)
     adapter = roles.reward.adapter
     plain = adapter(samples.sequences, samples.attention)
-    both = Rewards(
-        {"adapter": Term(adapter, 0.5, mean=1.0, deviation=2.0), "fn": Term(FunctionReward(lambda p, c: [1.0, 2.0, 3.0]))}
-    )
+    both = Rewards({"adapter": Term(adapter, 0.5, mean=1.0, std=2.0), "fn": Term(FunctionReward(lambda p, c: [1.0, 2.0, 3.0]))})
     for batch_size in (1, 3):
         scores = both(samples, batch_size, prefix=True)
         torch.testing.assert_close(scores.total, 0.5 * (plain - 1) / 2 + torch.tensor([1.0, 2.0, 3.0]), atol=1e-5, rtol=1e-4)
@@ -410,7 +408,7 @@ def test_adapters_and_functions_add_up_and_the_prefix_is_the_adapters_share(role
     assert both.terms["adapter"].scorer is adapter
 
 
-def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_path):
+def test_normalised_rewards_have_the_references_mean_and_standard_deviation(tiny, tmp_path):
     terms = [{"adapter": "checkpoints/reward", "read_eos": False}, {"function": "gold_reward", "weight": 2}]
     overrides = {
         "reward.adapter": None, "reward.read_eos": True, "reward.terms": terms, "reward.normalize": True,
@@ -430,7 +428,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
     judged = complete(roles.reference, roles, prompts, recipe.run.seed, recipe.evaluate.batch_size)
     for name, raw in judged.terms.items():
         term = roles.reward.terms[name]
-        shaped = (raw - term.mean) / term.deviation
+        shaped = (raw - term.mean) / term.std
         assert shaped.mean().abs() < 1e-4
         assert shaped.std().item() == pytest.approx(1.0, abs=1e-4)
     torch.testing.assert_close(judged.reward.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
@@ -441,7 +439,7 @@ def test_normalised_rewards_have_the_references_mean_and_deviation(tiny, tmp_pat
     [
         ({"reward.adapter": None}, "`reward` needs one of adapter, model and function, and names none"),
         ({"reward.adapter": "x", "reward.function": True}, "names adapter and function"),
-        ({"reward.terms": []}, "then `reward.adapter` belongs into one of them"),
+        ({"reward.terms": []}, "then `reward.adapter` belongs in one of them"),
         ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": []}, "`reward.terms` is empty"),
         ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"adaptr": "x"}]}, "did you mean `adapter`"),
         ({"reward.adapter": None, "reward.read_eos": True, "reward.terms": [{"function": True}] * 2}, "two are named reward"),

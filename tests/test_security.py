@@ -179,7 +179,7 @@ def test_the_bomb_goes_off(tmp_path, marker):
 
 
 def test_pickles_beside_the_weights_are_left_alone(recipe, foreign, tmp_path, marker):
-    """In every folder that a run reads, and in a checkpoint that it goes on from."""
+    """In every folder that a run reads, and in a checkpoint that it is resumed from."""
     reward = shutil.copytree(foreign, recipe / "checkpoints/foreign")
     for folder in (recipe / "checkpoints/backbone", recipe / "checkpoints/reward", reward):
         plant(folder, marker)

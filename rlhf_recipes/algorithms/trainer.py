@@ -280,13 +280,13 @@ class PPOTrainer(Resumable, trl_ppo.PPOTrainer):
         return getattr(self.dataloader, "synchronized_generator", None)
 
     def own_state(self) -> dict[str, Any]:
-        rewards = {name: [term.mean, term.deviation] for name, term in self.roles.reward.terms.items()}
+        rewards = {name: [term.mean, term.std] for name, term in self.roles.reward.terms.items()}
         return {"batches_seen": self.batches_seen, "kl_coef": self.leash.beta, "rewards": rewards}
 
     def restore_own_state(self, own: dict[str, Any]) -> None:
         self.leash.beta = own["kl_coef"]
-        for name, (mean, deviation) in own["rewards"].items():
-            self.roles.reward.terms[name].mean, self.roles.reward.terms[name].deviation = mean, deviation
+        for name, (mean, std) in own["rewards"].items():
+            self.roles.reward.terms[name].mean, self.roles.reward.terms[name].std = mean, std
 
     def load_model(self, folder: Path) -> None:
         """Reads what `save_model` wrote into policy and value."""

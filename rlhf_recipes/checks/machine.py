@@ -83,7 +83,7 @@ def _check_engine(recipe: Recipe, stage: Stage) -> None:
         if recipe.stages[stage.section].get("rounds", 1) > 1:
             rounds = f"{stage.section}.rounds"
             raise RecipeError(
-                f"`{rounds}` above 1 samples from the policy between trainings, which {engine} has then taken apart; give "
+                f"`{rounds}` above 1 samples from the policy between its rounds, which {engine} has then taken apart; give "
                 f"--{rounds}=1, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
             )
 

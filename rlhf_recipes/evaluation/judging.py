@@ -196,13 +196,13 @@ def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
     judged = complete(roles.reference, roles, prompts, seed, size, title="the reference's rewards", measure_kl=False)
     for name, term in roles.reward.terms.items():
         known = judged.terms[name][~judged.terms[name].isnan()]
-        deviation = known.std().item() if len(known) > 1 else 0.0
-        if deviation == 0:
+        spread = known.std().item() if len(known) > 1 else 0.0
+        if spread == 0:
             raise RecipeError(
                 f"`reward.normalize`: `{name}` gives the reference's {len(known)} completions one and the same score; switch "
                 f"it off"
             )
-        term.mean, term.deviation = known.mean().item(), deviation
+        term.mean, term.std = known.mean().item(), spread
         run.say(f"the reference's `{name}`: mean {term.mean:.3f}, standard deviation {term.deviation:.3f}")
 
 

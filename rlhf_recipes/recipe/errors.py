@@ -56,7 +56,7 @@ class SectionError(Exception):
 
 
 class StoppedError(RecipeError):
-    """A run cannot go on, for a reason that is not the recipe's text: a full disk, losses that are not finite."""
+    """A run cannot continue, for a reason that is not the recipe's text: a full disk, losses that are not finite."""
 
     exit_code = 3
 

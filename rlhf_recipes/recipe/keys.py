@@ -54,9 +54,9 @@ _EXAMPLES = "it is for the example scripts of transformers; here each stage is a
 _NO_DROPOUT = "the backbone's dropout is off, in every stage but sft; an adapter's is `lora.dropout`"
 # In every stage.
 EVERYWHERE = {
-    "resume_from_checkpoint": "--resume goes on with a run",
-    "save_only_model": "a checkpoint holds what a run needs to go on; its adapter alone can be copied out of it",
-    "ignore_data_skip": "a run that goes on sees the data it would have seen",
+    "resume_from_checkpoint": "--resume resumes a run",
+    "save_only_model": "a checkpoint holds what a run needs to be resumed; its adapter alone can be copied out of it",
+    "ignore_data_skip": "a resumed run sees the data it would have seen",
     "restore_callback_states_from_checkpoint": "--resume restores them",
     "auto_find_batch_size": "a run whose batch size may change cannot be repeated or resumed",
     "enable_jit_checkpoint": "every run ends with a checkpoint when a signal asks it to",

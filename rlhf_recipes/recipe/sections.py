@@ -139,7 +139,7 @@ class RewardSection(RewardTerm):
         None, description="several rewards, each a mapping of the keys above, in place of those"
     )
     normalize: bool = Field(
-        False, description="each reward less its mean over its deviation, of the reference on training prompts"
+        False, description="each reward less its mean, over its standard deviation, both of the reference on training prompts"
     )
     normalize_prompts: int = Field(
         256, gt=0, description="training prompts that `normalize` samples a completion of, the first of them"
@@ -166,7 +166,7 @@ class RewardSection(RewardTerm):
         terms = self.all_terms()
         changed = [] if self.terms is None else [key for key in RewardTerm.model_fields if not self._is_default(key)]
         if changed:
-            raise SectionError(None, f"`reward.terms`: then `reward.{changed[0]}` belongs into one of them")
+            raise SectionError(None, f"`reward.terms`: then `reward.{changed[0]}` belongs in one of them")
         for i, term in enumerate(terms):
             where = "reward" if self.terms is None else f"reward.terms[{i}]"
             sources = [kind for kind in REWARD_KINDS if getattr(term, kind)]
@@ -218,7 +218,7 @@ class RunSection(Section):
     trial: bool = Field(
         False, description="one of a sweep's runs: `latest` does not point to it, and it is judged or merged only by name"
     )
-    resume: str | None = Field(None, description="a run's folder to go on with, or `latest`; --resume says the same")
+    resume: str | None = Field(None, description="a run's folder to resume, or `latest`; --resume says the same")
     max_skipped_steps: int = Field(
         10,
         gt=0,

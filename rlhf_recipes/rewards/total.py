@@ -58,10 +58,10 @@ class Term:
     scorer: Reward
     weight: float = 1.0
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
 
     def shaped(self, scores: Tensor) -> Tensor:
-        return self.weight * (scores - self.mean) / self.deviation
+        return self.weight * (scores - self.mean) / self.std
 
 
 class Rewards(nn.Module):

@@ -65,7 +65,7 @@ class Trackers:
             try:
                 send(tracker)
             except Exception as error:  # noqa: BLE001 - see `start`
-                print(f"{name}: {error}; going on without it", file=sys.stderr)
+                print(f"{name}: {error}; continuing without it", file=sys.stderr)
                 del self.running[name]
 
 
