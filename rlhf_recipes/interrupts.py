@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Slurm's pre-emption, Ctrl-C): a training run finishes its update and saves; a second one ends it at once."""
+"""SIGTERM and SIGINT (Slurm's pre-emption, Ctrl-C): a training run finishes its update and saves; a second one ends it."""
 
 import os
 import signal

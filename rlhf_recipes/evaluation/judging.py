@@ -203,7 +203,7 @@ def prepare_rewards(roles: Roles, task: types.ModuleType, run: Run) -> None:
                 f"it off"
             )
         term.mean, term.std = known.mean().item(), spread
-        run.say(f"the reference's `{name}`: mean {term.mean:.3f}, standard deviation {term.deviation:.3f}")
+        run.say(f"the reference's `{name}`: mean {term.mean:.3f}, standard deviation {term.std:.3f}")
 
 
 def judge_policy(run: Run, roles: Roles, prompts: Dataset, gold: Gold | None) -> dict[str, Any]:
