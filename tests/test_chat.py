@@ -101,7 +101,7 @@ def test_every_stage_builds_the_same_ids(chat, messages):
 
 
 def test_a_template_that_samples_cannot_follow_is_refused(chat):
-    tokenizer = load_tokenizer(load_recipe(chat).model, chat)
+    tokenizer = load_tokenizer(load_recipe(chat))
     prompt = [{"role": "user", "content": "the film?"}]
     tokenizer.chat_template = TEMPLATE.replace("</s>", "#")
     with pytest.raises(RecipeError, match="not with the tokenizer's eos token '</s>'"):
@@ -299,7 +299,6 @@ def test_a_template_from_windows_is_the_same_template(tiny, tmp_path):
     (place / "plain.jinja").write_bytes(TEMPLATE.encode() + b"\n")
     (place / "windows.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode() + b"\r\n")
     plain, windows = (
-        load_tokenizer(load_recipe(place, {"model.chat_template": f"{name}.jinja"}).model, place)
-        for name in ("plain", "windows")
+        load_tokenizer(load_recipe(place, {"model.chat_template": f"{name}.jinja"})) for name in ("plain", "windows")
     )
     assert windows.chat_template == plain.chat_template

@@ -222,7 +222,7 @@ def test_gradient_clipping(tiny, tmp_path):
 
 
 def test_prompts_longer_than_the_limit_are_left_out_not_cut(tiny, capsys):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     texts = ["film", "the film was great and superb and fine " * 4, "", "plot"]
     kept = tokenize_prompts(Dataset.from_dict({"prompt": texts, "extra": [1, 2, 3, 4]}), tokenizer, 8)
     assert kept["prompt"] == ["film", "", "plot"]  # an empty prompt is bos alone

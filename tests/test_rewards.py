@@ -40,7 +40,7 @@ PROMPTS, TEXTS = ["the film was", "the plot", "a"], [" great", " dull and poor",
 
 @pytest.fixture
 def tokenizer(tiny):
-    return load_tokenizer(load_recipe(tiny).model, tiny)
+    return load_tokenizer(load_recipe(tiny))
 
 
 def samples_of(tokenizer, prompts=PROMPTS, texts=TEXTS, ended=(True, False, True), **columns):

@@ -72,14 +72,14 @@ def test_every_stage_learns_what_a_sampled_completion_would_be(kind, prompt, com
 
 
 def test_completions_of_bytes_are_tokenised_by_themselves(tiny):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     for completion in ("great", " great", "  ", "", "\nfilm", "caf\u00e9"):
         alone = tokenizer(completion, add_special_tokens=False)["input_ids"]
         assert encode_completion(tokenizer, "the film wa", completion) == [*alone, tokenizer.eos_token_id]
 
 
 def test_a_tokenizer_that_appends_its_eos_does_not_end_a_prompt(tiny):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     plain = {text: tokenizer(text)["input_ids"] for text in ("the film", "", "ends</s>")}
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -93,12 +93,12 @@ def test_a_tokenizer_that_appends_its_eos_does_not_end_a_prompt(tiny):
         assert encode_prompt(appends, text) == ids
     [row] = tokenize_demonstrations(Dataset.from_dict({"text": ["the film"]}), appends)
     assert row["input_ids"] == [*plain["the film"], eos]
-    plain = load_tokenizer(load_recipe(tiny).model, tiny)
+    plain = load_tokenizer(load_recipe(tiny))
     assert "text" in tokenize_demonstrations(Dataset.from_dict({"text": ["a"]}), plain).column_names
 
 
 def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     rows = Dataset.from_list(
         [{"prompt": "fine", "chosen": "a", "rejected": "b"}] + [{"prompt": "<s>a", "chosen": "b</s>", "rejected": "c"}] * 3
     )
@@ -116,7 +116,7 @@ def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
     assert (
         "`chosen` of row 0 holds the special token </s>, and a sampled completion would stop there" in capsys.readouterr().err
     )
-    other = load_tokenizer(load_recipe(tiny).model, tiny)  # another run
+    other = load_tokenizer(load_recipe(tiny))  # another run
     tokenize_prompts(Dataset.from_dict({"prompt": ["the film</s>"]}), other, 24)
     assert "ends with the special token </s>, and a completion would follow the end of a text" in capsys.readouterr().err
     chat = Dataset.from_list([{"messages": [{"role": "user", "content": "a</s>b"}]}])
@@ -128,7 +128,7 @@ def test_special_tokens_that_are_there_twice_are_named_once(tiny, capsys):
 
 
 def test_a_datasets_own_token_ids_are_taken_as_they_are(tiny):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     ids = encode_prompt(tokenizer, "the film")
     both = tokenize_prompts(Dataset.from_list([{"prompt": "other", "input_ids": ids, "stars": 3}]), tokenizer, 24)
     assert both[0] == {"prompt": "other", "stars": 3, "input_ids": ids}
@@ -144,7 +144,7 @@ def test_a_datasets_own_token_ids_are_taken_as_they_are(tiny):
 
 
 def test_completions_of_bytes_decode_as_they_do_by_themselves(tiny):
-    tokenizer, draw = load_tokenizer(load_recipe(tiny).model, tiny), random.Random(0)  # noqa: S311
+    tokenizer, draw = load_tokenizer(load_recipe(tiny)), random.Random(0)  # noqa: S311
     prompts = [tokenizer(text)["input_ids"] for text in ("the film ", "", "caf\u00e9", "\u65e5\u672c", "x  ")] * 40
     completions = [draw.choices(range(len(tokenizer)), k=draw.randrange(9)) for _ in prompts]  # also broken UTF-8
     alone = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
@@ -156,7 +156,7 @@ def test_completions_of_bytes_decode_as_they_do_by_themselves(tiny):
 
 
 def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     eos = tokenizer.eos_token_id
     assert end_token_ids(tokenizer, tmp_path) == [eos]  # neither file is there
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7, "text_config": {"eos_token_id": [8, eos]}}))
@@ -173,7 +173,7 @@ def test_ends_are_the_tokenizers_eos_and_what_the_model_says(tiny, tmp_path):
 
 def test_a_completion_ends_at_the_first_of_the_models_ends(tiny):
     """Phi's template writes its turn's end, and after the last turn the tokenizer's eos."""
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}</s>"
     ask, turn, eos = [{"role": "user", "content": "a"}], tokenizer.bos_token_id, tokenizer.eos_token_id
     words = tokenizer("the film", add_special_tokens=False)["input_ids"]
@@ -198,10 +198,10 @@ def test_a_backbone_without_bos_writes_texts_without_prompts(roles, tiny):
 def test_the_recipe_names_the_end(tiny):
     overrides = {"model.eos_token": "great", "evaluate.prompts": 8}
     with pytest.raises(RecipeError, match=r"`model.eos_token` '<s/>': not in the vocabulary of .*did you mean `</?s>`"):
-        load_tokenizer(load_recipe(tiny, {"model.eos_token": "<s/>"}).model, tiny)
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+        load_tokenizer(load_recipe(tiny, {"model.eos_token": "<s/>"}))
+    tokenizer = load_tokenizer(load_recipe(tiny))
     word = next(word for word in tokenizer.get_vocab() if len(word) > 3 and word.isalpha())
-    renamed = load_tokenizer(load_recipe(tiny, overrides | {"model.eos_token": word}).model, tiny)
+    renamed = load_tokenizer(load_recipe(tiny, overrides | {"model.eos_token": word}))
     assert renamed.eos_token_id == tokenizer.get_vocab()[word]
     with pytest.raises(RecipeError, match=r"the pad token '<pad>' and the eos token '<pad>'; pad must exist and differ"):
         check(load_recipe(tiny, {"model.eos_token": "<pad>"}), "ppo")
@@ -222,7 +222,7 @@ def test_a_tokenizer_trained_here_is_the_one_that_is_read_back(model_type, tmp_p
 
 
 def test_padding_of_given_rows_is_not_learned(tiny):
-    tokenizer = load_tokenizer(load_recipe(tiny).model, tiny)
+    tokenizer = load_tokenizer(load_recipe(tiny))
     rows = [{"input_ids": [0, 0, 1, 70, 0, 2], "attention_mask": [0, 0, 1, 1, 1, 1], "labels": [-100, -100, -100, 70, 0, 2]}]
     [row] = tokenize_demonstrations(Dataset.from_list(rows), tokenizer)
     assert row == {"input_ids": [1, 70, 0, 2], "labels": [-100, 70, 0, 2]}
