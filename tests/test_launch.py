@@ -53,7 +53,8 @@ def launched(launcher, processes, recipe, output, *words):
 
 
 @pytest.mark.parametrize(
-    ("code", "processes"), [(2, 1), (2, 2), (3, 2), (75, 1), (75, 2), pytest.param(3, 1, marks=pytest.mark.slow)]
+    ("code", "processes"),
+    [(2, 1), (2, 2), (3, 2), (75, 2), *(pytest.param(code, 1, marks=pytest.mark.slow) for code in (3, 75))],
 )
 def test_the_scripts_exit_code_and_line_arrive(code, processes, recipe, tmp_path):
     words, line = ENDS[code]

@@ -26,24 +26,35 @@ def launch(config, *arguments, prefix=(), env=None, wait=True):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
     return output
 
 
 @pytest.fixture(scope="module")
-def two(tiny, foreign, tmp_path_factory):
-    """The answers of both processes to every question, and their folder."""
-    folder = tmp_path_factory.mktemp("two")
-    launch("multi_cpu.yaml", WORKER, tiny, folder, *STEPS, env={"FOREIGN_REWARD": str(foreign)})
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
+def answers(tiny, foreign, tmp_path_factory):
+    """The folders of one process and of two, which have answered every question, the two jobs side by side."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    jobs = [
+        launch(config, WORKER, tiny, folder, *STEPS, env={"FOREIGN_REWARD": str(foreign)}, wait=False)
+        for config, folder in zip(("cpu.yaml", "multi_cpu.yaml"), folders, strict=True)
+    ]
+    for job in jobs:
+        finish(job)
+    return folders
 
 
 @pytest.fixture(scope="module")
-def one(tiny, foreign, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    launch("cpu.yaml", WORKER, tiny, folder, *STEPS, env={"FOREIGN_REWARD": str(foreign)})
+def one(answers):
+    folder = answers[0]
     return json.loads((folder / "rank0.json").read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def two(answers):
+    """The answers of both processes to every question, and their folder."""
+    folder = answers[1]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(one, two):

@@ -152,7 +152,9 @@ RECORDED = {  # stage -> what its wandb run holds, beside its summary
 }
 
 
-@pytest.mark.parametrize("stage", RECORDED)
+@pytest.mark.parametrize(
+    "stage", [s if s in ("ppo", "evaluate") else pytest.param(s, marks=pytest.mark.slow) for s in RECORDED]
+)
 def test_accelerate_launch_with_an_offline_wandb_run(stage, tiny, tmp_path):
     """A home without any login or accelerate config, standard input closed: no question, exit code 0, an offline run."""
     home = tmp_path / "home"
