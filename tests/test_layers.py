@@ -1,6 +1,7 @@
 """The house as CONTRIBUTING draws it: a module imports from its own room or from floors below, and never in a circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def test_no_module_imports_itself_by_way_of_others():
     packages = {module for module in FILES if FILES[module].name == "__init__.py"}  # they only offer what is in them
     graph = {module: imports_of(file) - packages for module, file in FILES.items() if module not in packages}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_are_short(module):
+    assert len(FILES[module].read_text().splitlines()) <= 400
+
+
+def test_nobody_asks_for_a_stages_name():
+    """What differs from stage to stage is a column of its row."""
+    names = {"sft", "reward", "preferences", "ppo", "a2c", "dpo", "evaluate", "merge", "report"}
+    for module, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())) if room_of(module) != "recipe" else ():
+            if isinstance(node, ast.Compare) and re.search(r"\b(stage|stage\.name|self\.stage)\b", ast.unparse(node.left)):
+                said = {n.value for part in node.comparators for n in ast.walk(part) if isinstance(n, ast.Constant)}
+                assert not said & names, f"{module}, line {node.lineno}"
 
 
 def test_what_recipes_own_scripts_call_can_be_had_from_the_rooms(tiny):
