@@ -58,12 +58,12 @@ def run_script(stage, argv):
 
 
 def commands_in_docs():
-    """Every `accelerate launch scripts/...` line of a fenced block in a Markdown file."""
+    """Every line of a fenced block in a Markdown file that runs one of scripts/ or benchmarks/."""
     for file in sorted(ROOT.glob("**/*.md")):
         if not {".venv", "outputs"} & set(file.relative_to(ROOT).parts):
             for block in re.findall(r"```(?:bash|sh)\n(.*?)```", file.read_text(), re.DOTALL):
                 for line in block.replace("\\\n", " ").splitlines():
-                    if re.search(r"(^|/)(accelerate launch|python) .*scripts/", line):
+                    if re.search(r"(^|/)(accelerate launch|python) .*(scripts|benchmarks)/", line):
                         yield pytest.param(line.split("#")[0].strip(), id=f"{file.name}: {line.strip()[:60]}")
 
 
@@ -88,10 +88,11 @@ def test_every_command_in_the_docs_dry_runs(line, monkeypatch, tmp_path, mytask)
         run.with_name("latest").symlink_to("it")
         (run / "recipe.resolved.yaml").write_text(load_recipe(DEFAULT_RECIPE).to_yaml())
         words = [str(run) if word.startswith("outputs/") else word for word in words] + ["--run.output", str(tmp_path)]
-    script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    script = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "benchmarks/")))
     for flag, value in itertools.pairwise(words):
         assert flag != "--config_file" or Path(value).is_file()
-    assert run_script(Path(words[script]).stem, [*words[script + 1 :], "--dry-run"]) is None
+    module = importlib.import_module(words[script].removesuffix(".py").replace("/", "."))
+    assert module.main([*words[script + 1 :], "--dry-run"]) is None
 
 
 def failures_on_purpose():
