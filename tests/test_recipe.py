@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import itertools
 import re
 import shlex
@@ -52,8 +53,6 @@ def test_every_recipe_dry_runs_every_stage(folder, stage, monkeypatch, capsys):
 
 
 def run_script(stage, argv):
-    import importlib
-
     return importlib.import_module(f"scripts.{stage}").main(argv)
 
 
