@@ -147,12 +147,8 @@ def check_pad(recipe: Recipe) -> None:
         name: token["content"] if isinstance(token, dict) and "content" in token else token for name, token in config.items()
     }
     pad, eos = (getattr(recipe.model, name) or own.get(name) for name in ("pad_token", "eos_token"))
-    if config and (pad is None or pad == eos):
-        raise RecipeError(
-            f"the tokenizer of `model.path` {recipe.model.path} has the pad token {pad!r} and the eos token {eos!r}; "
-            f"pad must exist and differ from eos: PPO finds a response's end by its first pad. Name another token of its "
-            f"vocabulary with `model.pad_token`"
-        )
+    if config:
+        recipe.model.check_pad(pad, eos)
 
 
 def _slip_of(template: Path) -> str | None:

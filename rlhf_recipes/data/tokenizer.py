@@ -27,8 +27,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, padding on the left as generation needs.
 
     Raises:
-        RecipeError: without a pad token of its own. TRL finds a response's end as the first pad, so pad must differ
-            from eos.
+        RecipeError: see `ModelSection.check_pad`.
     """
     model = recipe.model
     with loading(f"the tokenizer of `model.path` {recipe.said(model.path)}", switch="model.trust_remote_code"):
@@ -36,12 +35,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             recipe.path(model.path), padding_side="left", trust_remote_code=model.trust_remote_code
         )
     complete_tokenizer(tokenizer, model, recipe.folder)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise RecipeError(
-            f"the tokenizer of `model.path` {model.path} has the pad token {tokenizer.pad_token!r} and the eos "
-            f"token {tokenizer.eos_token!r}; pad must exist and differ from eos: PPO finds a response's end by its first pad. "
-            f"Name another token of its vocabulary with `model.pad_token`"
-        )
+    model.check_pad(tokenizer.pad_token, tokenizer.eos_token)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf_recipes.recipe.errors import SectionError
+from rlhf_recipes.recipe.errors import RecipeError, SectionError
 from rlhf_recipes.recipe.validation import Section
 from rlhf_recipes.recipe.yaml_text import write_yaml
 
@@ -56,6 +56,18 @@ class ModelSection(Section):
     architecture: dict[str, Any] | None = Field(
         None, description="a transformers config (`model_type`, `vocab_size`, ...) for `sft.from_scratch`"
     )
+
+    def check_pad(self, pad: str | None, eos: str | None) -> None:
+        """
+        Raises:
+            RecipeError: the tokenizer has no pad token of its own. Whoever has token ids alone would take an end for padding.
+        """
+        if pad is None or pad == eos:
+            raise RecipeError(
+                f"the tokenizer of `model.path` {self.path} has the pad token {pad!r} and the eos token {eos!r}; pad must "
+                f"exist and differ from eos, or an end is taken for padding. Name another token of its vocabulary with "
+                f"`model.pad_token`"
+            )
 
 
 class LoraSection(Section):
