@@ -64,7 +64,7 @@ def load_backbone(section: ModelSection, path: str) -> PreTrainedModel:
 
 
 def keep_in_evaluation(model: M) -> M:
-    """From now on `train()` leaves the transformers models in `model` in evaluation mode, except LoRA's own dropout.
+    """From now on `train()` leaves the transformers models in `model` in evaluation mode, except LoRA's own dropout and NEFTune's noise.
 
     A policy with dropout is another one in training than the one that was sampled. TRL sets the probability of dropout modules
     to 0 (`disable_dropout_in_model`), which models that call the function (OPT, BioGPT, Falcon) never look at. Gradient
@@ -82,6 +82,8 @@ def _train_adapters(self: nn.Module, mode: bool = True) -> nn.Module:
         if isinstance(module, LoraLayer):
             module.training = mode
             module.lora_dropout.train(mode)
+        elif isinstance(module, nn.Embedding):  # transformers adds NEFTune's noise (arXiv 2310.05914) in training mode alone
+            module.training = mode and hasattr(module, "neftune_noise_alpha")
         elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = mode
             checkpoint = module._gradient_checkpointing_func
