@@ -64,7 +64,8 @@ def load_backbone(section: ModelSection, path: str) -> PreTrainedModel:
 
 
 def keep_in_evaluation(model: M) -> M:
-    """From now on `train()` leaves the transformers models in `model` in evaluation mode, except LoRA's own dropout and NEFTune's noise.
+    """From now on `train()` leaves the transformers models in `model` in evaluation mode, except LoRA's own dropout and
+    NEFTune's noise.
 
     A policy with dropout is another one in training than the one that was sampled. TRL sets the probability of dropout modules
     to 0 (`disable_dropout_in_model`), which models that call the function (OPT, BioGPT, Falcon) never look at. Gradient
