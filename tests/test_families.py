@@ -29,8 +29,9 @@ STAGES = ("sft", "reward", "ppo", "dpo", "evaluate", "merge")
 CLOSE = 1e-5  # nats
 # One of each kind of trunk, head, position, cache and mixture; pytest -m slow takes all of them through the stages.
 FAST = (
-    "GPT-2", "OPT with a projection", "MPT", "Mixtral", "Qwen3.5", "DeepSeek-V3", "Gemma 3 of 4B and more", "Cohere",
-    "Granite MoE", "ModernBERT decoder", "Mamba", "Falcon-H1",
+    "GPT-2", "OPT with a projection", "Bloom", "MPT", "Falcon, alibi", "Phi-3", "Mistral with a sliding window", "Mixtral",
+    "Qwen3.5", "DeepSeek-V3", "gpt-oss", "LFM2", "Gemma 2", "Gemma 3 of 4B and more", "Cohere", "Granite MoE",
+    "ModernBERT decoder", "BioGPT", "Mamba", "Falcon-H1",
 )  # fmt: skip
 REFUSED = {"RecurrentGemma": "hands over no cache to sample with"}
 RECIPE = """
