@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from pathlib import Path
@@ -223,6 +223,11 @@ def _is_chat(value: Any) -> bool:
     )
 
 
+def for_rewards(columns: Iterable[str]) -> list[str]:
+    """Of the columns of prompts, those that reach python rewards beside prompt and completion."""
+    return [name for name in columns if name not in ("prompt", "input_ids")]
+
+
 def optional_gold(task: types.ModuleType, prompts: Dataset | None = None) -> Callable[..., list[float]] | None:
     """The task's `gold_reward`: never trained on, only watched.
 
@@ -236,7 +241,7 @@ def optional_gold(task: types.ModuleType, prompts: Dataset | None = None) -> Cal
         return None
     gold = task_function(task, "gold_reward")
     if prompts is not None:
-        columns = [name for name in prompts.column_names if name not in ("prompt", "input_ids")]
+        columns = for_rewards(prompts.column_names)
         reward_arguments(gold, dict.fromkeys((*columns, *GIVEN)))
     return gold
 

@@ -14,16 +14,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_recipes import environment
 from rlhf_recipes.data.datasets import tokenize_prompts
 from rlhf_recipes.data.tokenizer import load_tokenizer
 from rlhf_recipes.evaluation.judged import judged_policy
 from rlhf_recipes.evaluation.tables import print_rows
-from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.models.reference import Policy
 from rlhf_recipes.optimum import kl_divergence, objective_value, optimal_objective, optimal_policy
 from rlhf_recipes.process import configure
 from rlhf_recipes.recipe.errors import RecipeError
@@ -33,7 +31,7 @@ from rlhf_recipes.rollouts.forward import response_forward
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.runs.fingerprint import RESOLVED
 from rlhf_recipes.runs.resume import newest_run
-from rlhf_recipes.tasks import load_dataset, load_task
+from rlhf_recipes.tasks import for_rewards, load_dataset, load_task
 
 MOST = 100_000  # completions of a prompt
 
@@ -79,9 +77,7 @@ def completions_of(tokens: list[int], eos: int, pad: int, length: int) -> Tensor
 
 
 @torch.no_grad()
-def enumerate_policy(
-    policy: PreTrainedModel | PeftModel | Reference, roles: Roles, prompts: Dataset, length: int, temperature: float
-) -> Enumeration:
+def enumerate_policy(policy: Policy, roles: Roles, prompts: Dataset, length: int, temperature: float) -> Enumeration:
     """Runs policy, reference and reward over every completion of every prompt.
 
     Args:
@@ -109,7 +105,7 @@ def enumerate_policy(
         for column, model in zip(columns, (policy, roles.reference), strict=False):
             output = response_forward(model, sequences, attention, query.shape[1], temperature)
             column.append((output.logprobs.double() * mask).sum(1))
-        others = {name: [value] * len(sequences) for name, value in row.items() if name not in ("prompt", "input_ids")}
+        others = {name: [row[name]] * len(sequences) for name in for_rewards(row)}
         samples = Samples(sequences, query.shape[1], tokenizer, [row["prompt"]] * len(sequences), others, attention)
         columns[2].append(roles.reward(samples).total.double())
     log_pi, log_ref, rewards = (torch.stack(column).cpu() for column in columns)

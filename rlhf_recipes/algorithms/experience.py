@@ -15,6 +15,7 @@ from rlhf_recipes.roles import Roles
 from rlhf_recipes.rollouts.forward import ResponseOutput, predicting_inputs, response_forward
 from rlhf_recipes.rollouts.sampler import Sampled
 from rlhf_recipes.rollouts.samples import Samples
+from rlhf_recipes.tasks import for_rewards
 
 
 class PolicyAndValue(nn.Module):
@@ -113,7 +114,7 @@ def roll_out(
             output, values = model(*chunk, context, args.temperature, hidden)
         parts.append((output.logprobs, leash.kl(output, reference.logprobs), reference.logprobs, values))
     logprobs, kl, reference_logprobs, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    columns = {name: column for name, column in rows.items() if name not in ("prompt", "input_ids")}
+    columns = {name: rows[name] for name in for_rewards(rows)}
     samples = Samples(sampled.sequences, context, roles.tokenizer, rows["prompt"], columns, sampled.attention, sampled.ended)
     scores = _scores_of(samples, roles.reward, args)
     baseline = torch.zeros_like(values) if scores.prefix is None else scores.prefix[:, context - 1 : -1]

@@ -60,7 +60,7 @@ def look(recipe: Recipe, name: str, seconds: float = SECONDS) -> Seen:
                 at = "`preferences.path`"
                 looked.append(_pairs(recipe, seen))
             at = "task.py"
-            from rlhf_recipes.tasks import load_dataset, load_task
+            from rlhf_recipes.tasks import for_rewards, load_dataset, load_task
 
             with _offline():
                 task = _here(load_task, recipe.folder)
@@ -73,7 +73,7 @@ def look(recipe: Recipe, name: str, seconds: float = SECONDS) -> Seen:
                     dataset = _here(load_dataset, task, function, split)
                     looked.append(f"{at} {len(dataset)} rows")
                     if function == "load_prompts":
-                        _usable(task, functions, [name for name in dataset.column_names if name not in ("prompt", "input_ids")])
+                        _usable(task, functions, for_rewards(dataset.column_names))
                     if stage.supervised and not recipe.stages[stage.section].get("packing"):
                         at = f"the lengths of {at}"
                         seen.longest = max(filter(None, (seen.longest, _longest_row(recipe, dataset))), default=None)

@@ -2,8 +2,7 @@
 
 Before a run, on ten prompts and with an adapter that was moved on purpose (a new one changes nothing, whatever is broken):
 log-probabilities as sampled, as the training pass computes them, and as plain transformers and PEFT give them for one row
-without padding; the reference against the plain backbone; a reward adapter's scores alone and in a batch. After a run: what was
-saved, read back.
+without padding; the reference against the plain backbone; a reward adapter's scores alone and in a batch.
 """
 
 import math
@@ -114,9 +113,6 @@ def _check_positions(backbone: PreTrainedModel, tokens: float, what: str, sectio
             f"{what}: {tokens} tokens, and {section.path} reads {room}; lower the lengths (of sft and reward_training: "
             f"`max_length`), or leave out what is longer"
         )
-
-
-# --- before a run ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from rlhf_recipes.recipe.stages import STAGES
 from rlhf_recipes.rewards.function import NO_TEMPLATE, FunctionReward
 from rlhf_recipes.rewards.model import load_reward_tokenizer
 from rlhf_recipes.rollouts.samples import Samples
-from rlhf_recipes.tasks import COLUMNS, load_dataset, load_task
+from rlhf_recipes.tasks import COLUMNS, for_rewards, load_dataset, load_task
 
 ROWS = 10
 SHOWN = 160  # characters of a text
@@ -162,7 +162,7 @@ def _samples(prompts: Dataset, answers: list[Any] | None, tokenizer: PreTrainedT
         ids.append(before)
         responses.append(after)
     padded, attention, context = join_padded(ids, responses, tokenizer.pad_token_id)
-    columns = {key: values for key, values in rows.items() if key not in ("prompt", "input_ids")}
+    columns = {key: rows[key] for key in for_rewards(rows)}
     return Samples(padded, context, tokenizer, rows["prompt"], columns, attention)
 
 

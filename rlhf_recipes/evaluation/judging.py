@@ -9,14 +9,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.datasets import prompt_ids, tokenize_prompts
 from rlhf_recipes.data.tokens import pad_left, prompt_text
 from rlhf_recipes.evaluation.tables import markdown_samples, print_samples, print_summary
-from rlhf_recipes.models.reference import Reference
+from rlhf_recipes.models.reference import Policy
 from rlhf_recipes.objective import sequence_kl
 from rlhf_recipes.process import progress_bar, stop_together
 from rlhf_recipes.recipe.errors import RecipeError
@@ -26,7 +25,7 @@ from rlhf_recipes.rollouts.forward import response_forward
 from rlhf_recipes.rollouts.sampler import Sampler
 from rlhf_recipes.rollouts.samples import Samples
 from rlhf_recipes.runs.folder import Run
-from rlhf_recipes.tasks import load_dataset
+from rlhf_recipes.tasks import for_rewards, load_dataset
 
 Gold = Callable[..., list[float]]
 
@@ -92,7 +91,7 @@ def distinct_n(texts: list[str], n: int) -> float:
 
 @torch.no_grad()
 def complete(
-    policy: PreTrainedModel | PeftModel | Reference,
+    policy: Policy,
     roles: Roles,
     prompts: Dataset,
     seed: int,
@@ -140,7 +139,7 @@ def complete(
 
 
 def _judge_batch(
-    policy: PreTrainedModel | PeftModel | Reference,
+    policy: Policy,
     roles: Roles,
     prompts: Dataset,
     gold: Gold | None,
@@ -152,7 +151,7 @@ def _judge_batch(
     context = queries.shape[1]
     sampled = roles.sampler(policy, queries, attention)
     rows = sampled.sequences, sampled.attention
-    columns = {name: prompts[name][:] for name in prompts.column_names if name not in ("prompt", "input_ids")}
+    columns = {name: prompts[name][:] for name in for_rewards(prompts.column_names)}
     samples = Samples(sampled.sequences, context, tokenizer, prompts["prompt"][:], columns, sampled.attention, sampled.ended)
     mask = samples.mask
     kl = kl_k3 = entropy = torch.zeros(len(queries))
